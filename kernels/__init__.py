@@ -1,0 +1,1 @@
+"""The fused kernels of kronmask, installed as `kronmask.kernels`."""

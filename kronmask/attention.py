@@ -1,0 +1,274 @@
+"""The operator: attention under a Kronecker mask, as the `torch.library` op `kronmask::attention`.
+
+Data flows one way: mask -> plan -> backend -> output. The op takes the mask as its rule (text) and sizes (ints, symbolic when
+traced), so it is opaque to `torch.compile` and `torch.export` and a graph holds for clips of any length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kronmask import backends
+from kronmask.mask import KronMask
+
+__all__ = ["attention_backend", "kron_attention", "rule_attention"]
+
+_forced: str | None = None
+
+
+@contextmanager
+def attention_backend(backend: str) -> Iterator[None]:
+    """Use one backend for every `kron_attention` in the block, whatever its `backend` argument says.
+
+    Like `torch.nn.attention.sdpa_kernel` it holds for the whole process. The backward of a forward in the block keeps the
+    backend, wherever it is called.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    global _forced
+    backends.check_name(backend)
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@overload
+def kron_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, *,
+    scale: float | None = None, backend: str = "auto", return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def kron_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, *,
+    scale: float | None = None, backend: str = "auto", return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def kron_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: KronMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention in which each query sees the keys that `mask` allows.
+
+    Args:
+        query: `(B, Hq, Lq, D)`, float32, float16 or bfloat16 (float64 in `dense`), any strides.
+        key, value: `(B, Hkv, Lk, D)`, Hq a multiple of Hkv (grouped-query attention), same dtype and device.
+        mask: of shape `(Lq, Lk)`.
+        scale: factor on the scores, `D ** -0.5` by default.
+        backend: "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp), "flex" (FlexAttention),
+            "triton" (the fused kernel), "dense" (the plain reference), or "auto".
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        The output `(B, Hq, Lq, D)` in the dtype of `query`, and with `return_lse` the LSE `(B, Hq, Lq)`, natural log, float32
+        (float64 for float64 inputs). Both are differentiable. A query that sees no key has output 0, LSE -inf and gradient 0.
+
+    Raises:
+        TypeError: `mask` is no `KronMask`, or the dtypes do not agree.
+        ValueError: shapes or devices that do not fit, or an unknown backend.
+        NotImplementedError: what the backend cannot do; the message names one that can.
+    """
+    if not isinstance(mask, KronMask):
+        raise TypeError(f"mask must be a KronMask, not {type(mask).__name__}; see kronmask.masks and kronmask.kron")
+    frames, tokens = (mask.query_frames, mask.key_frames), (mask.query_tokens, mask.key_tokens)
+    output, lse = _attend(query, key, value, mask.rule, frames, tokens, mask.prefix, scale, backend)
+    return (output, lse) if return_lse else output
+
+
+def rule_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: str,
+    *,
+    frames: int,
+    tokens: int,
+    prefix: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`kron_attention` under the mask that `rule` describes for `frames` frames of `tokens` tokens.
+
+    What a model calls in its forward: the sizes may be symbolic, so that a compiled model needs no new graph for a longer clip.
+    See `KronMask.rule` and `masks.mask_rule`.
+    """
+    return _attend(query, key, value, rule, (frames, frames), (tokens, tokens), prefix, scale, backend)[0]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: str,
+    frames: tuple[int, int],
+    tokens: tuple[int, int],
+    prefix: int,
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    backend = _forced or backend
+    backends.check_name(backend)
+    query, key, value = _autocast(query, key, value)
+    _check_tensors(query, key, value)
+    for name, tensor, size in (("query", query, 0), ("key", key, 1), ("value", value, 1)):
+        if tensor.shape[2] != prefix + frames[size] * tokens[size]:
+            raise ValueError(
+                f"the mask has {f'{prefix} prefix tokens + ' if prefix else ''}frames * tokens = {frames[size]} * "
+                f"{tokens[size]} = {prefix + frames[size] * tokens[size]}, but {name} has {tensor.shape[2]} tokens; "
+                "is the class token included in tokens?"
+            )
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    return torch.ops.kronmask.attention(query, key, value, rule, *frames, *tokens, prefix, scale, backend)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to `scaled_dot_product_attention`: everything but float64 to the autocast dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), not of shape {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise TypeError(
+                f"{name} is {tensor.dtype}; attention takes float32, float16 and bfloat16 (float64 in dense)"
+            )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"query is {query.dtype} but {name} is {tensor.dtype}; they must have one dtype")
+        if tensor.device != query.device:
+            raise ValueError(f"query is on {query.device} but {name} is on {tensor.device}; they must be on one device")
+        if tensor.shape[0] != query.shape[0] or tensor.shape[3] != query.shape[3]:
+            raise ValueError(
+                f"query {tuple(query.shape)} and {name} {tuple(tensor.shape)} must agree in batch and head_dim"
+            )
+    if value.shape != key.shape:
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same shape")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads, which is no multiple of the {key.shape[1]} heads of key and value"
+        )
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kronmask::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: str,
+    query_frames: int,
+    key_frames: int,
+    query_tokens: int,
+    key_tokens: int,
+    prefix: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
+    return backends.get(backend, query, key, mask).forward(query, key, value, mask, scale)
+
+
+@_attention_op.register_fake
+def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, head_dim = query.shape
+    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty(batch, heads, length, dtype=lse_dtype)
+
+
+@torch.library.custom_op("kronmask::attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    rule: str,
+    query_frames: int,
+    key_frames: int,
+    query_tokens: int,
+    key_tokens: int,
+    prefix: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    module = backends.get(backend, query, key, mask)
+    return module.backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)
+
+
+@_attention_backward_op.register_fake
+def _(
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *ctx.arguments = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * len(ctx.arguments)
+    if grad_output is None and grad_lse is None:
+        return (None, None, None, *nothing)
+    grads = torch.ops.kronmask.attention_backward(grad_output, grad_lse, *ctx.saved_tensors, *ctx.arguments)
+    return (*grads, *nothing)
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(query: Any, rule: str, *sizes: int) -> int:
+    """Useful multiply-adds of the forward, `4 * B * H * D` for each allowed pair."""
+    batch, heads, _, head_dim = query
+    query_frames, key_frames, query_tokens, key_tokens, prefix = sizes
+    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
+    return 4 * batch * heads * head_dim * mask.num_pairs
+
+
+@register_flop_formula(torch.ops.kronmask.attention)
+def _attention_flops(
+    query: Any, key: Any, value: Any, rule: str, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return _flops(query, rule, *args[:5])
+
+
+@register_flop_formula(torch.ops.kronmask.attention_backward)
+def _attention_backward_flops(
+    grad_output: Any, grad_lse: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, rule: str, *args: Any,
+    out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """The backward recomputes the scores and has four more products: 2.5 x the forward."""
+    return _flops(query, rule, *args[:5]) * 5 // 2

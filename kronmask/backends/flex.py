@@ -1,0 +1,84 @@
+"""FlexAttention (`torch.nn.attention.flex_attention`) with the mask's analytic `BlockMask`.
+
+On CUDA it is compiled to one kernel. On the CPU its kernel returns no log-sum-exp and has no backward, so there it runs unfused
+and forward only: good for checking, not for speed (`mask.block_mask()` in your own compiled call is the way to time it).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronmask.mask import KronMask
+
+__all__ = ["backward", "forward", "refusal"]
+
+
+def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
+    if query.dtype == torch.float64:
+        return "FlexAttention has no float64"
+    return None
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
+    output, lse = _flex(query.detach(), key.detach(), value.detach(), mask, scale)
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output, lse.float().contiguous()
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: KronMask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if query.device.type == "cpu":
+        raise NotImplementedError(
+            f"backend 'flex' cannot train on the CPU: FlexAttention has no CPU backward. Got query {tuple(query.shape)} "
+            f"{query.dtype}, {mask!s}. Backends that can: sdpa, dense."
+        )
+    with torch.enable_grad():  # FlexAttention keeps its backward to itself: run it again under autograd
+        query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
+        outputs = _flex(query, key, value, mask, scale)
+    lse_gradient = torch.zeros_like(outputs[1]) if grad_lse is None else grad_lse.to(outputs[1].dtype)
+    grads = torch.autograd.grad(outputs, inputs, (grad_output, lse_gradient))
+    return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)  # type: ignore[return-value]
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    arguments: dict[str, Any] = {
+        "block_mask": _block_mask(mask, query.device),
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "return_aux": AuxRequest(lse=True),
+    }
+    if query.device.type == "cpu":
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            output, auxiliary = flex_attention(query, key, value, **arguments)
+    else:
+        output, auxiliary = _compiled()(query, key, value, **arguments)
+    return output, auxiliary.lse
+
+
+@lru_cache(maxsize=64)
+def _block_mask(mask: KronMask, device: torch.device) -> Any:
+    return mask.block_mask(device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

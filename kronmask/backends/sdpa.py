@@ -1,0 +1,290 @@
+"""Exact attention over the mask's own area through torch's flash kernels, on CPU and CUDA.
+
+Each part of the plan is a call of a kernel that returns its log-sum-exp; parts of the same query merge by it, and the self token
+of KMT and KMCT is the initial state of the merge. The kernels' backwards take the merged output and LSE, which makes the gradient
+of each part exact. No tensor of L x L is made, and the backward has no atomics of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from kronmask.mask import KronMask
+from kronmask.plan import Rectangles, make_plan
+
+__all__ = ["backward", "forward", "refusal"]
+
+aten = torch.ops.aten
+
+
+def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
+    if query.device.type not in ("cpu", "cuda"):
+        return f"torch has no flash kernel that returns its log-sum-exp on {query.device.type}"
+    if query.dtype == torch.float64:
+        return "torch's flash kernels on CUDA have no float64, and results must not depend on the device"
+    if query.device.type == "cuda" and query.shape[3] > 248:
+        return f"torch's CUDA kernels take head_dim up to 248 here, not {query.shape[3]}"
+    return None
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value)))
+    batch, heads, length, head_dim = query.shape
+    plan = make_plan(mask)
+    # half-precision parts are merged in float32, so that the merge rounds once
+    output = query.new_empty(batch, length, heads, head_dim, dtype=torch.float32).transpose(1, 2)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if not plan.complete:
+        output.zero_()
+        lse.fill_(float("-inf"))
+    if not query.numel():
+        return output.to(query.dtype), lse
+
+    for part in plan.own:
+        for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
+            own_lse = (q.float() * k).sum(-1).mul_(scale)
+            _merge(o, s[..., 0], v, own_lse, part.first)
+    if plan.positions is not None:
+        table = torch.tensor(plan.positions, device=query.device)
+        bias, empty = _bias(table, query.dtype)
+        for q, k, v, o, s in _position_views(mask, "qkkqq", query, key, value, output, lse[..., None]):
+            part_output, part_lse = _flash(q, k, v, scale, bias)
+            _merge(o, s[..., 0], part_output, part_lse.masked_fill(empty, float("-inf")), first=True)
+    for part in plan.rectangles:
+        for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
+            _merge(o, s[..., 0], *_flash(q, k, v, scale), part.first)
+    for code, parts in plan.patterns:
+        for part in parts:
+            bias, empty = _bias(_pattern(mask, code, part), query.dtype, query.device)
+            for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
+                part_output, part_lse = _flash(q, k, v, scale, bias)
+                _merge(o, s[..., 0], part_output, part_lse.masked_fill(empty, float("-inf")), part.first)
+    return output.to(query.dtype), lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: KronMask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_heads, head_dim, dtype = key.shape[1], query.shape[3], query.dtype
+    query, key, value, grad_output = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value), grad_output))
+    plan = make_plan(mask)
+    grads = [
+        torch.zeros(x.shape[0], x.shape[2], x.shape[1], head_dim, dtype=torch.float32, device=x.device).transpose(1, 2)
+        for x in (query, key, value)
+    ]
+    grad_query, grad_key, grad_value = grads
+    # the probabilities exp(score - lse) of a query that sees no key are 0
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+
+    delta = (grad_output.float() * output).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta -= grad_lse[..., None]
+    for part in plan.own:
+        tensors = (query, key, value, grad_output, lse, delta, grad_query, grad_key, grad_value)
+        for q, k, v, g, s, d, dq, dk, dv in _pieces(part, "qkkqqqqkk", *tensors):
+            q, k = q.float(), k.float()
+            probability = ((q * k).sum(-1, keepdim=True) * scale - s).exp_()
+            grad_score = probability * ((g.float() * v).sum(-1, keepdim=True) - d) * scale
+            dq.addcmul_(grad_score, k)
+            dk.addcmul_(grad_score, q)
+            dv.addcmul_(probability, g.float())
+
+    if grad_lse is not None:
+        # The kernels know no gradient of the LSE, but they subtract sum(dO * O): one more column, dO = 1 and O = -dLSE, adds it.
+        query, key, value = (torch.nn.functional.pad(x, (0, 8)) for x in (query, key, value))
+        grad_output = torch.nn.functional.pad(torch.nn.functional.pad(grad_output, (0, 1), value=1.0), (0, 7))
+        output = torch.nn.functional.pad(torch.cat([output, -grad_lse[..., None].to(dtype)], -1), (0, 7))
+    tensors = (query, key, value, grad_output, output, lse, grad_query, grad_key, grad_value)
+    roles = "qkkqqqqkk"
+
+    def accumulate(views: Iterator[tuple[Tensor, ...]], bias: Tensor | None = None) -> None:
+        for q, k, v, g, o, s, *totals in views:
+            for total, part_grad in zip(totals, _flash_backward(g, q, k, v, o, s[..., 0], scale, bias), strict=True):
+                total += part_grad[..., :head_dim]
+
+    if plan.positions is not None:
+        bias, _ = _bias(torch.tensor(plan.positions, device=query.device), dtype)
+        accumulate(_position_views(mask, roles, *tensors), bias)
+    for part in plan.rectangles:
+        accumulate(_pieces(part, roles, *tensors))
+    for code, parts in plan.patterns:
+        for part in parts:
+            bias, _ = _bias(_pattern(mask, code, part), dtype, query.device)
+            accumulate(_pieces(part, roles, *tensors), bias)
+
+    grad_key, grad_value = (_sum_heads(g, key_heads) for g in (grad_key, grad_value))
+    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+
+def _merge(output: Tensor, lse: Tensor, part_output: Tensor, part_lse: Tensor, first: bool) -> None:
+    """Add a part's share to `output (B, H, rows, D)` and `lse (B, H, rows)`, in place.
+
+    The weights are those of one softmax over both: `w = exp(part_lse) / (exp(lse) + exp(part_lse))`.
+    """
+    if first:
+        output.copy_(part_output)
+        lse.copy_(part_lse)
+        return
+    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # -inf - -inf: neither has seen a key
+    output.lerp_(part_output.to(output.dtype), weight[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+def _pieces(part: Rectangles, roles: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views `(B', H, rows, D)` of each tensor `(B, H, L, D)` that cover the part, in as few batches as strides allow.
+
+    `roles` says for each tensor whether its rows are queries ("q") or keys ("k").
+    """
+    spans = [
+        (tensor, part.query, part.query_rows) if role == "q" else (tensor, part.key, part.key_rows)
+        for role, tensor in zip(roles, tensors, strict=True)
+    ]
+    batch, count, step = tensors[0].shape[0], part.count, part.step
+    if count == 1:
+        yield tuple(tensor[:, :, start : start + rows] for tensor, start, rows in spans)
+    elif all(batch == 1 or tensor.stride(0) == count * step * tensor.stride(2) for tensor in tensors):
+        yield tuple(_stacked(tensor, start, rows, batch * count, step) for tensor, start, rows in spans)
+    elif batch <= count:
+        for b in range(batch):
+            yield tuple(_stacked(tensor[b : b + 1], start, rows, count, step) for tensor, start, rows in spans)
+    else:
+        for i in range(count):
+            yield tuple(tensor[:, :, start + i * step : start + i * step + rows] for tensor, start, rows in spans)
+
+
+def _stacked(tensor: Tensor, start: int, rows: int, count: int, step: int) -> Tensor:
+    """`(count, H, rows, D)`: the rows from `start`, `start + step`, ... of `tensor (1, H, L, D)`."""
+    _, by_head, by_row, by_column = tensor.stride()
+    size = (count, tensor.shape[1], rows, tensor.shape[3])
+    return tensor.as_strided(
+        size, (step * by_row, by_head, by_row, by_column), tensor.storage_offset() + start * by_row
+    )
+
+
+def _position_views(mask: KronMask, roles: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each clip, views `(N, H, T, D)`: each position as a sequence over the frames."""
+    for b in range(tensors[0].shape[0]):
+        views = []
+        for role, tensor in zip(roles, tensors, strict=True):
+            frames, tokens = (
+                (mask.query_frames, mask.query_tokens) if role == "q" else (mask.key_frames, mask.key_tokens)
+            )
+            _, by_head, by_row, by_column = tensor.stride()
+            size = (tokens, tensor.shape[1], frames, tensor.shape[3])
+            offset = tensor.storage_offset() + b * tensor.stride(0) + mask.prefix * by_row
+            views.append(tensor.as_strided(size, (by_row, by_head, tokens * by_row, by_column), offset))
+        yield tuple(views)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
+
+
+def _sum_heads(grad: Tensor, heads: int) -> Tensor:
+    if grad.shape[1] == heads:
+        return grad
+    return reduce(grad.transpose(1, 2), "b l (h g) d -> b l h d", "sum", h=heads).transpose(1, 2)
+
+
+# ---- explicit patterns ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _pattern(mask: KronMask, code: int, part: Rectangles) -> Tensor:
+    """The pattern of one query frame against the part's key frames, `(Nq, frames * Nk)` boolean."""
+    return mask.factor(code).repeat(1, part.key_rows // mask.key_tokens)
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """What the kernels add to the scores, and the rows in which no key is allowed (the kernels' LSE of these is not -inf)."""
+    allowed = allowed.to(device)
+    rows, columns = allowed.shape
+    # CUDA's kernel wants rows that start at multiples of 16 bytes
+    storage = torch.zeros(rows, -(-columns // 16) * 16, dtype=dtype, device=allowed.device)
+    bias = storage[:, :columns].masked_fill_(~allowed, float("-inf"))
+    return bias, ~allowed.any(1)
+
+
+# ---- torch's kernels ------------------------------------------------------------------------------------------------
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output `(B, H, Lq, D)` and LSE `(B, H, Lq)` float32 of plain attention."""
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
+    if bias is None and query.dtype != torch.float32:
+        padded = [_to_multiple_of_8(x) for x in (query, key, value)]
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, scale=scale)
+        return output[..., : query.shape[3]], lse
+    padded = [_to_multiple_of_8(x) for x in (query, key, value)]
+    output, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        *padded, _expanded(bias, query, key), True, scale=scale
+    )
+    return output[..., : query.shape[3]], lse[..., : query.shape[2]]
+
+
+def _flash_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, given the output and LSE of the whole softmax of which this is a part."""
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output, query, key, value, output, lse, 0.0, False, attn_mask=bias, scale=scale
+        )
+    head_dim, rows = query.shape[3], query.shape[2]
+    grad_output, query, key, value, output = (_to_multiple_of_8(x) for x in (grad_output, query, key, value, output))
+    seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of the dropout, which there is none of
+    if bias is None and query.dtype != torch.float32:
+        none = torch.empty(0, dtype=torch.int32, device=query.device)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            grad_output, query, key, value, output, lse.contiguous(), none, none, rows, key.shape[2], 0.0, False, seed, seed,
+            scale=scale,
+        )  # fmt: skip
+    else:
+        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            grad_output, query, key, value, _expanded(bias, query, key), output, lse, seed, seed, 0.0,
+            [True, True, True, False], scale=scale,
+        )[:3]  # fmt: skip
+    return tuple(grad[..., :head_dim] for grad in grads)  # type: ignore[return-value]
+
+
+def _expanded(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _to_multiple_of_8(tensor: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 8)) if tensor.shape[-1] % 8 else tensor

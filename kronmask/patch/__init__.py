@@ -1,0 +1,151 @@
+"""Temporal attention for a pretrained image ViT: `patch_vit(model)` makes it a video model, in place.
+
+A family file knows one library of models; it is imported when a model of that library is met.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from kronmask.nn import Attention, TemporalEmbedding
+from kronmask.patch.common import Settings, VideoTower
+
+__all__ = ["param_groups", "patch_vit", "temporal_parameters", "unpatch_vit"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FAMILIES = ("timm", "open_clip")
+"""Libraries whose models can be patched; `kronmask.patch.<name>` has `patch(model, settings)` and `unpatch(model)`."""
+
+_NO_DECAY = re.compile(
+    r"pos_embed|position(al)?_embedding|class_embedding|(cls|reg|dist|mask)_token|register_tokens|logit_scale"
+)
+
+
+def patch_vit(
+    model: Model,
+    *,
+    frames: int = 8,
+    attention: Attention = "kmt",
+    placement: str = "append",
+    layers: int | Sequence[int] | None = None,
+    init: str = "zero",
+    temporal_embedding: bool = True,
+) -> Model:
+    """Give an image ViT temporal attention, in place, so that it takes video `(B, T, C, H, W)`.
+
+    The output is what the image model returns, per clip: its outputs for each frame, averaged. A batch of images is a
+    batch of clips of one frame. T may differ from call to call. On the patched encoder (`model`, or `model.visual` of a
+    CLIP): `forward_frames(video)` is the output for each frame `(B, T, ...)` and `forward_tokens(video)` the tokens
+    `(B, T, N, D)` after the last temporal layer, before the final norm.
+
+    Pretrained keys of the `state_dict` keep their names and new keys contain `temporal_`. A checkpoint of the image
+    model loads before and after patching (it then leaves the temporal weights as they are). Dropout and stochastic
+    depth are the image blocks' own; the temporal layers have none. In `DistributedDataParallel` every temporal
+    parameter is used in each forward.
+
+    Args:
+        model: timm's `VisionTransformer`, open_clip's `VisionTransformer`, or a CLIP of open_clip with one of these.
+        frames: number of frames the temporal embedding is learned for; it is interpolated for other clips.
+        attention: the mask: a name out of `kronmask.masks.NAMES`, a `KronMask` (then all clips have its size), or a
+            callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers.
+        placement: "append" adds `layers` blocks over all T*N tokens after the image blocks (CLAVER, ICLR 2025, arXiv
+            2502.03549); "interleave" adds an attention residual in front of image blocks (TimeSformer, arXiv
+            2102.05095); "replace" runs the attention of image blocks over all T*N tokens under the mask.
+        layers: with "append" the number of temporal blocks (a third of the depth by default); else the image blocks
+            concerned, as a sequence of indices or as k for every k-th block (all by default).
+        init: "zero" sets output projections and temporal embedding to zero, so that the patched model equals the image
+            model averaged over frames (but for "replace"); "random" is CLIP's initialisation, with temporal embedding
+            N(0, .02); "copy" takes the weights of the last image blocks ("append") or of the same block's attention
+            ("interleave"), with temporal embedding N(0, .02).
+        temporal_embedding: whether to add a learned vector for each frame before the first temporal attention.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: a model that cannot be patched.
+        ValueError: an argument that is none of the choices or does not fit the model, or a model that is patched
+            already.
+    """
+    settings = Settings(frames, attention, placement, layers, init, bool(temporal_embedding))
+    family = _family(model)
+    if _is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is patched already; call unpatch_vit(model) first")
+    family.patch(model, settings)
+    return model
+
+
+def unpatch_vit(model: Model) -> Model:
+    """Undo `patch_vit` in place: classes, attributes and `state_dict` keys are the image model's again.
+
+    The temporal weights are dropped; image weights stay as they are, also where training has changed them.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not _is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is not patched; call patch_vit(model) first")
+    _family(model).unpatch(model)
+    return model
+
+
+def temporal_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that patching has added, by their names in `state_dict` (each contains `temporal_`)."""
+    return {name: parameter for name, parameter in model.named_parameters() if "temporal_" in name}
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, temporal_lr_mult: float = 10.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: temporal parameters learn faster, and some parameters have no weight decay.
+
+    Without decay are one-dimensional parameters (biases, norms), `logit_scale`, and class, position and temporal
+    embeddings. Each trainable parameter is in exactly one group; frozen ones are in none. CLAVER (arXiv 2502.03549)
+    uses `lr=1.2e-5, temporal_lr_mult=10, weight_decay=1e-3` with AdamW.
+
+    Args:
+        model: a patched model, or any that has `temporal_` in the names of its temporal parameters.
+        lr: learning rate of the image model.
+        temporal_lr_mult: factor on `lr` for temporal parameters.
+        weight_decay: for the parameters that have any.
+
+    Returns:
+        Up to four dictionaries with `name` ("image", "image_no_decay", "temporal", "temporal_no_decay"), `params`, `lr`
+        and `weight_decay`; empty groups are left out.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, TemporalEmbedding)}
+    groups: dict[str, dict[str, Any]] = {}
+    for part, factor in (("image", 1.0), ("temporal", temporal_lr_mult)):
+        for suffix, decay in (("", weight_decay), ("_no_decay", 0.0)):
+            name = f"{part}{suffix}"
+            groups[name] = {"name": name, "params": [], "lr": lr * factor, "weight_decay": decay}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "temporal" if "temporal_" in name else "image"
+            decays = parameter.ndim > 1 and id(parameter) not in embeddings and not _NO_DECAY.search(name)
+            groups[part if decays else f"{part}_no_decay"]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _is_patched(model: nn.Module) -> bool:
+    return any(isinstance(module, VideoTower) for module in model.modules())
+
+
+def _family(model: nn.Module) -> ModuleType:
+    """The family whose library the model's class, or the first of its bases in a library, comes from."""
+    for cls in type(model).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package in FAMILIES:
+            return importlib.import_module(f"kronmask.patch.{package}")
+    raise TypeError(
+        f"patch_vit cannot patch {type(model).__module__}.{type(model).__qualname__}: it patches the vision "
+        f"transformers of {', '.join(FAMILIES)}. Pass the ViT itself (not a wrapper around it), or build on the layers of "
+        "kronmask.nn"
+    )
