@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+for folder in ("examples", "tests", "tests/claver"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 torch.set_num_threads(1)  # the tests run side by side, a process for each core
 
 settings.register_profile(

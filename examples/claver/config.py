@@ -1,0 +1,181 @@
+"""The configuration of a run: dataclasses, read from YAML; the defaults are the authors' settings for Kinetics-400."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .augment import AugmentConfig
+
+__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "from_dict", "load_config", "to_dict"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Lists of videos and classes. Relative paths in the lists are under `root`."""
+
+    root: str = "data/k400"
+    train_list: str = "data/k400/train.txt"
+    test_list: str = "data/k400/val.txt"
+    labels: str = "data/k400/labels.csv"
+    prompts: str | None = None  # JSON file of interpretive prompts; None: templates alone
+    templates: tuple[str, ...] | None = None  # with {} for the class name; None: the 16 templates for actions
+    num_workers: int = 8
+    cache: bool = False  # keep decoded frames in memory: for small sets, with num_workers=0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An open_clip model and its temporal layers.
+
+    `name` is an open_clip architecture and `pretrained` a tag or a file of weights. With `vision` and `text` (arguments of
+    open_clip's CLIPVisionCfg and CLIPTextCfg) and `embed_dim`, the model is made from these and `name` is only a label.
+    """
+
+    name: str = "ViT-B-32"
+    pretrained: str | None = "openai"
+    quick_gelu: bool = True  # as OpenAI's weights were trained
+    embed_dim: int = 512
+    vision: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    frames: int = 8
+    attention: str = "kmt"
+    placement: str = "append"
+    layers: int | None = None  # temporal blocks; None: depth // 3
+    init: str = "random"
+    temporal_embedding: bool = True
+    position_std: float | None = (
+        None  # from scratch: std of position and temporal embeddings; None: CLIP's and the paper's
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AdamW with a cosine schedule; `batch_size` is global: all processes and accumulated steps together."""
+
+    epochs: int = 60
+    batch_size: int = 256
+    accumulate: int = 1
+    lr: float = 1.2e-5
+    temporal_lr_mult: float = 10.0
+    min_lr_ratio: float = 0.01
+    warmup_epochs: float = 5.0
+    weight_decay: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+    prompts_per_step: int = 5  # drawn anew each step, K of A
+    tune: str = "full"  # or "temporal": the image and text models stay frozen
+    precision: str = "no"  # or "fp16", "bf16"
+    gradient_checkpointing: bool = False
+    evaluate_every: int = 5  # epochs between evaluations of the middle view
+
+    def __post_init__(self) -> None:
+        _choice("train.tune", self.tune, ("full", "temporal"))
+        _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
+        for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Multi-view evaluation: softmax averaged over prompts, `clips` views in time and `crops` in space."""
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    clips: int = 4
+    crops: int = 3
+    batch_size: int = 8  # videos
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/claver"
+    seed: int = 3047
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """A configuration from a YAML file; each override is `section.key=value`, the value in YAML.
+
+    Raises:
+        ValueError: a file that is no mapping, an unknown key (the message lists the known ones) or a value of a wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of sections, not {type(values).__name__}")
+    for override in overrides or []:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes section.key=value, not {override!r}")
+        *sections, key = name.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = yaml.safe_load(value)
+    return from_dict(values, str(path))
+
+
+def from_dict(values: dict[str, Any], source: str = "config") -> Config:
+    """A configuration from nested dictionaries, as `to_dict` writes and YAML reads them; errors are those of `load_config`."""
+    return _build(Config, values, source)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionaries of plain values."""
+    return dataclasses.asdict(config)
+
+
+def _build(kind: Any, values: Any, source: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a mapping of {', '.join(_fields(kind))}, not {values!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = [str(key) for key in values if key not in hints]
+    if unknown:
+        raise ValueError(f"{source}: unknown {', '.join(unknown)}; known are {', '.join(_fields(kind))}")
+    return kind(**{key: _value(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, source: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, source)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(typing.get_args(hint)[0], item, source) for item in value)
+    if origin is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, without a point, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+        raise ValueError(f"{source} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    return value
+
+
+def _fields(kind: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(kind)]
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

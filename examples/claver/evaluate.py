@@ -1,0 +1,119 @@
+"""Multi-view evaluation, and prediction for single files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from einops import rearrange, reduce
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .augment import AugmentConfig
+from .data import Sample, TestDataset, broken_files
+from .model import Claver
+
+__all__ = ["Evaluation", "class_probabilities", "encode_prompts", "evaluate", "predict_files"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model says of each video of a list.
+
+    Attributes:
+        probabilities: float32 `(videos, C)`, averaged over prompts and views, in the order of the list.
+        labels: int64 `(videos,)`.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+
+    def top(self, k: int) -> float:
+        """Share of videos whose class is among the k likeliest, 0 to 1; with fewer than k classes, among all."""
+        likeliest = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
+        return (likeliest == self.labels[:, None]).any(1).float().mean().item()
+
+    def confusion(self) -> Tensor:
+        """Counts `(C, C)`, true classes in rows and predicted ones in columns."""
+        classes = self.probabilities.shape[1]
+        cells = self.labels * classes + self.probabilities.argmax(1)
+        return torch.bincount(cells, minlength=classes**2).view(classes, classes)
+
+
+@torch.no_grad()
+def encode_prompts(model: Claver, tokens: Tensor, batch_size: int = 512) -> Tensor:
+    """Text features `(A, C, E)` of prompts `(A, C, context)`: once, not for each video."""
+    device = next(model.parameters()).device
+    features = [model.encode_text(part.to(device)[None])[0] for part in tokens.flatten(0, 1).split(batch_size)]
+    return torch.cat(features).unflatten(0, tokens.shape[:2])
+
+
+@torch.no_grad()
+def class_probabilities(model: Claver, video: Tensor, text_features: Tensor) -> Tensor:
+    """Probabilities `(B, C)` of videos `(B, V, T, 3, H, W)`: softmax over classes, averaged over prompts and views."""
+    logits = model.logits(model.encode_video(rearrange(video, "b v t c h w -> (b v) t c h w")), text_features)
+    return reduce(logits.float().softmax(-1), "(b v) a c -> b c", "mean", v=video.shape[1])
+
+
+def evaluate(
+    model: Claver,
+    loader: DataLoader[Any],
+    tokens: Tensor,
+    accelerator: Accelerator,
+    *,
+    progress: str | None = "evaluating",
+) -> Evaluation:
+    """Evaluate on all videos of a list, each exactly once, over all processes.
+
+    Args:
+        model: in any mode, which is kept.
+        loader: of `data.eval_loader`, this process's share of the list.
+        tokens: prompts `(A, C, context)`.
+        accelerator: the processes.
+        progress: what the progress bar says; None for no bar.
+
+    Raises:
+        DatasetError: files could not be read; it lists all of them. There is then no number.
+    """
+    training = model.training
+    model.eval()
+    found: list[tuple[int, int, Tensor]] = []
+    errors: list[tuple[str, str]] = []
+    with accelerator.autocast():
+        text_features = encode_prompts(model, tokens)
+        silent = progress is None or not accelerator.is_main_process
+        for batch in tqdm(loader, desc=progress, unit="batch", disable=silent, leave=False):
+            errors += batch["errors"]
+            if len(batch["index"]):
+                probabilities = class_probabilities(model, batch["video"].to(accelerator.device), text_features).cpu()
+                found += zip(batch["index"].tolist(), batch["label"].tolist(), probabilities, strict=True)
+    model.train(training)
+    if accelerator.num_processes > 1:
+        found, errors = gather_object(found), gather_object(errors)
+    expected = len(loader.dataset)  # type: ignore[arg-type]
+    if errors:
+        raise broken_files(sorted(errors), expected)
+    found.sort(key=lambda item: item[0])
+    assert [index for index, _, _ in found] == list(range(expected)), "a video was evaluated twice or not at all"
+    return Evaluation(torch.stack([p for _, _, p in found]), torch.tensor([label for _, label, _ in found]))
+
+
+def predict_files(
+    model: Claver, paths: Sequence[str], tokens: Tensor, frames: int, augment: AugmentConfig, *, clips: int, crops: int
+) -> list[Tensor | str]:
+    """For each file its class probabilities `(C,)`, or why it cannot be read."""
+    dataset = TestDataset([Sample(path, 0) for path in paths], frames, augment, num_clips=clips, num_crops=crops)
+    device = next(model.parameters()).device
+    text_features = encode_prompts(model, tokens)
+    results: list[Tensor | str] = []
+    for item in (dataset[i] for i in range(len(dataset))):
+        if item["error"]:
+            results.append(item["error"])
+        else:
+            results.append(class_probabilities(model, item["video"][None].to(device), text_features)[0].cpu())
+    return results

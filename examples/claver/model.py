@@ -1,0 +1,102 @@
+"""CLAVER's model: an open_clip CLIP whose vision tower is patched, and logits between clips and prompts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kronmask import patch_vit, temporal_parameters
+
+from .config import ModelConfig
+
+__all__ = ["Claver", "build_model", "describe_trained", "freeze"]
+
+
+class Claver(nn.Module):
+    """Contrastive logits of videos against text prompts (CLAVER, arXiv 2502.03549, section 3).
+
+    Each frame's feature is normalised and the mean over frames is the video's; it is not normalised again.
+    """
+
+    clip: Any  # an open_clip.CLIP or CustomTextCLIP with a patched vision tower
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Features `(B, E)` of normalised clips `(B, T, 3, H, W)`."""
+        return F.normalize(self.frame_features(video), dim=-1).mean(1)
+
+    def frame_features(self, video: Tensor) -> Tensor:
+        """Features `(B, T, E)` of each frame, before normalisation."""
+        return self.clip.visual.forward_frames(video)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`."""
+        return self.clip.encode_text(tokens.flatten(0, -2), normalize=True).unflatten(0, tokens.shape[:-1])
+
+    def logits(self, video_features: Tensor, text_features: Tensor) -> Tensor:
+        """`(B, A, C)` from `(B, E)` and `(A, C, E)`."""
+        return self.clip.logit_scale.exp() * torch.einsum("be,ace->bac", video_features, text_features)
+
+    def forward(self, video: Tensor, tokens: Tensor) -> Tensor:
+        """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`."""
+        return self.logits(self.encode_video(video), self.encode_text(tokens))
+
+
+def build_model(config: ModelConfig) -> Claver:
+    """The model that `config` describes, on the CPU.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError, RuntimeError: open_clip does not know the model or its weights.
+    """
+    try:
+        import open_clip
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    except ImportError as error:
+        raise ImportError("CLAVER needs open_clip: pip install 'kronmask[claver]'") from error
+    if config.vision is not None:
+        vision, text = CLIPVisionCfg(**config.vision), CLIPTextCfg(**(config.text or {}))
+        clip: Any = open_clip.CLIP(config.embed_dim, copy.deepcopy(vision), text, quick_gelu=config.quick_gelu)
+    else:
+        clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+    patch_vit(
+        clip,
+        frames=config.frames,
+        attention=config.attention,
+        placement=config.placement,
+        layers=config.layers,
+        init=config.init,
+        temporal_embedding=config.temporal_embedding,
+    )
+    if config.position_std is not None:
+        nn.init.normal_(clip.visual.positional_embedding, std=config.position_std)
+        if config.temporal_embedding:
+            nn.init.normal_(clip.visual.temporal_encoder.embedding.weight, std=config.position_std)
+    return Claver(clip)
+
+
+def freeze(model: Claver, tune: str) -> None:
+    """`tune="temporal"` leaves only the temporal parameters to be trained; `"full"` leaves all, the text tower included."""
+    temporal = set(temporal_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tune == "full" or name in temporal)
+
+
+def describe_trained(model: Claver) -> str:
+    """Which parts are trained, in millions of parameters: nobody should have to guess."""
+    parts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = "temporal" if "temporal_" in name else "vision" if ".visual." in name else "text"
+        counts = parts.setdefault(part, [0, 0])
+        counts[0] += parameter.numel() * parameter.requires_grad
+        counts[1] += parameter.numel()
+    trained, total = (sum(counts[i] for counts in parts.values()) for i in (0, 1))
+    listed = ", ".join(f"{part} {counts[0] / 1e6:.1f}M of {counts[1] / 1e6:.1f}M" for part, counts in parts.items())
+    return f"training {trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({listed})"

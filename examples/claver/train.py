@@ -1,0 +1,246 @@
+"""Training: AdamW, cosine schedule, prompts drawn anew each step; resumes exactly. Processes and precision by Accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from kronmask import param_groups
+
+from .augment import mixup_cutmix
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .config import Config, to_dict
+from .data import (
+    Sample,
+    TestDataset,
+    TrainDataset,
+    check_files,
+    eval_loader,
+    list_hash,
+    read_labels,
+    read_list,
+    set_epoch,
+    train_loader,
+)
+from .evaluate import Evaluation, evaluate
+from .model import Claver, build_model, describe_trained, freeze
+from .prompts import ACTION_TEMPLATES, build_prompts, draw_prompts, load_prompts, tokenize
+
+__all__ = ["Run", "contrastive_loss", "learning_rate_factor", "prompts_of", "run_evaluation", "tokens_of", "train"]
+
+
+class Run:
+    """What a training leaves: its folder, the model and the history of records `{step, loss}` and `{step, top1}`."""
+
+    def __init__(self, folder: Path, model: Claver, tokens: Tensor, history: list[dict[str, Any]]) -> None:
+        self.folder, self.model, self.tokens, self.history = folder, model, tokens, history
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, minimum: float) -> float:
+    """Factor on the learning rate at `step`: linear from 0 over `warmup` steps, then a cosine down to `minimum`."""
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def contrastive_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of logits `(B, A, C)` with soft targets `(B, C)`, which hold for each of the A prompts."""
+    return F.cross_entropy(logits.float().flatten(0, 1), target.repeat_interleave(logits.shape[1], 0))
+
+
+def prompts_of(config: Config, classes: Sequence[str]) -> list[list[str]]:
+    """The A x C prompts of a run. Raises ValueError for a prompt file that does not fit the classes."""
+    interpretive = load_prompts(config.data.prompts, classes) if config.data.prompts else None
+    return build_prompts(classes, config.data.templates or ACTION_TEMPLATES, interpretive)
+
+
+def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
+    """Tokens `(A, C, context)` for the text tower of `model`."""
+    return tokenize(prompts, context_length=model.clip.context_length)
+
+
+def train(config: Config, *, resume: bool = False, progress: str = "training") -> Run:
+    """Train and evaluate; writes `config.json`, `history.jsonl`, `last.pt` and `best.pt` into `config.run_dir`.
+
+    What a step does is a function of the configuration and the step, so a run that is resumed ends as if it never stopped.
+
+    Raises:
+        DatasetError: lists or files that are missing or broken, all of them named.
+        ValueError: a configuration that does not fit together, or a run folder that holds another run.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate
+    )
+    say = accelerator.print
+    folder = Path(config.run_dir)
+    settings, data = config.train, config.data
+    shares = accelerator.num_processes * settings.accumulate
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"train.batch_size is global: {settings.batch_size} is no multiple of {accelerator.num_processes} processes "
+            f"* {settings.accumulate} accumulated steps"
+        )
+
+    classes = read_labels(data.labels)
+    lists = {}
+    for name, path in (("train", data.train_list), ("test", data.test_list)):
+        samples = lists[name] = read_list(path, data.root, len(classes))
+        check_files(samples)
+        say(f"{name}: {len(samples)} videos of {len(classes)} classes, list {list_hash(samples, data.root)}")
+    prompts = prompts_of(config, classes)
+    if settings.prompts_per_step > len(prompts):
+        raise ValueError(
+            f"train.prompts_per_step is {settings.prompts_per_step}, but there are {len(prompts)} prompts for each class"
+        )
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    freeze(model, settings.tune)
+    if settings.gradient_checkpointing:
+        model.clip.set_grad_checkpointing()
+    say(describe_trained(model))
+    tokens = tokens_of(prompts, model).to(accelerator.device)
+    groups = param_groups(
+        model, lr=settings.lr, temporal_lr_mult=settings.temporal_lr_mult, weight_decay=settings.weight_decay
+    )
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+    loader = train_loader(
+        TrainDataset(lists["train"], config.model.frames, config.augment, seed=config.seed, cache=data.cache),
+        settings.batch_size // shares,
+        num_workers=data.num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    middle = _test_loader(config, lists["test"], accelerator, clips=1, crops=1)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    trained: Claver = accelerator.unwrap_model(wrapped)
+
+    steps_per_epoch = len(loader) // settings.accumulate
+    if not steps_per_epoch:
+        raise ValueError(f"{len(lists['train'])} training videos do not fill one batch of {settings.batch_size}")
+    total, warmup = settings.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    first_epoch, best = 0, -1.0
+    history: list[dict[str, Any]] = []
+    if resume:
+        first_epoch, best, history = _restore(folder / "last.pt", config, trained, optimizer, accelerator)
+        say(f"resuming {folder} after epoch {first_epoch} of {settings.epochs}")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+
+    bar = tqdm(
+        total=total,
+        initial=first_epoch * steps_per_epoch,
+        desc=progress,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    wrapped.train()
+    for epoch in range(first_epoch, settings.epochs):
+        set_epoch(loader, epoch)
+        running = torch.zeros((), device=accelerator.device)
+        batches = iter(loader)
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
+            chosen = draw_prompts(len(tokens), settings.prompts_per_step, generator)
+            factor = learning_rate_factor(step, total, warmup, settings.min_lr_ratio)
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * factor
+            for _ in range(settings.accumulate):
+                batch = next(batches)
+                video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
+                video, target = mixup_cutmix(video, label, len(classes), config.augment, generator)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        logits = wrapped(video, tokens[chosen.to(tokens.device)])
+                    loss = contrastive_loss(logits, target)
+                    accelerator.backward(loss)
+                    if settings.max_grad_norm and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    with torch.no_grad():  # CLIP's own bound (arXiv 2103.00020, section 2.5)
+                        trained.clip.logit_scale.clamp_(max=math.log(100))
+                running += loss.detach() / settings.accumulate
+            bar.update()
+            done = step + 1
+            if done % 10 == 0 or done == (epoch + 1) * steps_per_epoch:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} at step {done}; last.pt in {folder} holds epoch {epoch}"
+                    )
+                history.append({"step": done, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
+                bar.set_postfix(loss=f"{value:.3f}")
+        if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs:
+            top1 = evaluate(trained, middle, tokens, accelerator, progress=None).top(1)
+            history.append({"step": (epoch + 1) * steps_per_epoch, "top1": top1})
+            bar.write(
+                f"epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
+            )
+            improved = top1 > best
+            best = max(best, top1)
+        else:
+            improved = False
+        if accelerator.is_main_process:
+            state = {"epoch": epoch + 1, "best": best, "history": history, "optimizer": optimizer.state_dict()}
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            save_checkpoint(folder / "last.pt", trained, config, classes, prompts, **state)
+            if improved:
+                save_checkpoint(folder / "best.pt", trained, config, classes, prompts, epoch=epoch + 1)
+            (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+        accelerator.wait_for_everyone()
+    bar.close()
+    return Run(folder, trained, tokens, history)
+
+
+def run_evaluation(config: Config, model: Claver, tokens: Tensor) -> Evaluation:
+    """Evaluate a model multi-view on the test list of a configuration."""
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    samples = read_list(config.data.test_list, config.data.root, tokens.shape[1])
+    check_files(samples)
+    loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
+    return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
+
+
+def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator, *, clips: int, crops: int) -> Any:
+    dataset = TestDataset(
+        samples, config.model.frames, config.augment, num_clips=clips, num_crops=crops, cache=config.data.cache
+    )
+    return eval_loader(
+        dataset,
+        config.test.batch_size,
+        num_workers=config.data.num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _restore(
+    path: Path, config: Config, model: Claver, optimizer: Any, accelerator: Accelerator
+) -> tuple[int, float, list[dict[str, Any]]]:
+    content = load_checkpoint(path)
+    ours = {key: value for key, value in to_dict(config).items() if key != "run_dir"}
+    theirs = {key: value for key, value in content.get("config", {}).items() if key != "run_dir"}
+    different = sorted(key for key in ours if ours[key] != theirs.get(key))
+    if different:
+        raise CheckpointError(f"{path}: is of a run with other settings ({', '.join(different)}); resume with its own")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    if accelerator.scaler is not None and "scaler" in content:
+        accelerator.scaler.load_state_dict(content["scaler"])
+    return content["epoch"], content["best"], content["history"]

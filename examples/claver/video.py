@@ -1,0 +1,378 @@
+"""Video decoding with PyAV: exact frame counts and exact frames by index, or an error that names the file.
+
+Frame `i` of a file is the `i`-th frame in presentation order that a plain decode from start to end shows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from operator import index as as_index
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+__all__ = ["VideoError", "VideoInfo", "probe", "read_frames"]
+
+# Containers that store a presentation time with every packet and have an index to seek with.
+_TIMED_CONTAINERS = ("mov", "matroska")
+# Codecs whose every packet shows exactly one frame. Others (VP8 hides, MPEG-4 skips some) are counted by decoding.
+_PACKET_IS_FRAME = ("h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg")
+# FFmpeg renders text as video, or follows the addresses in a playlist; a data set holds neither.
+_NOT_A_VIDEO = ("tty", "hls", "concat", "lavfi")
+# Decoding this many frames costs about as much as one seek.
+_SEEK_GAIN = 8
+
+
+class VideoError(ValueError):
+    """A video that cannot be read, or not to the frame asked for; the message names the file and what was wrong."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` found in a video file.
+
+    `width` and `height` are pixels as displayed (after rotation), `duration` is seconds, the last frame's included, and
+    `fps` is the mean frames per second, `num_frames / duration` (0 if the file gives no times).
+    `timestamps[i]` is the presentation time of frame `i` in units of `time_base` seconds, strictly increasing, or None
+    where the file does not give reliable ones and must be decoded from its start. `keyframes` are the indices at which
+    decoding can start, increasing, empty if `timestamps` is None.
+    """
+
+    path: str
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    duration: float
+    time_base: Fraction
+    timestamps: tuple[int, ...] | None = field(repr=False)
+    keyframes: tuple[int, ...] = field(repr=False)
+
+
+@dataclass
+class _Packets:
+    """What demuxing a stream to its end showed, without decoding."""
+
+    shown: list[int | None] = field(default_factory=list)  # presentation times of the packets that are to be displayed
+    hidden: list[int | None] = field(default_factory=list)  # and of those outside the edit list
+    keys: set[int | None] = field(default_factory=set)
+    last_duration: int = 0
+    cut: bool = False  # the end of the file cuts the last packet short
+
+    @property
+    def timed(self) -> bool:
+        """Whether every packet has a presentation time of its own."""
+        times = self.shown + self.hidden
+        return None not in times and len(set(times)) == len(times)
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Count the frames of a video file, exactly, and learn where decoding can start.
+
+    Reads all packets and decodes one frame. Headers that state a number of frames are not trusted. Codecs and
+    containers that do not tell frames from their packets (MPEG-4 in AVI, VP8) are decoded to be counted.
+
+    Raises:
+        VideoError: the file is missing, empty, a directory, no video, damaged at its start, or truncated. A truncated
+            MPEG transport stream, or an MP4 cut between two fragments, cannot be told from a shorter one.
+    """
+    path = os.fspath(path)
+    with _open(path) as (container, stream):
+        first = next(_decode(container, stream), None)
+    with _open(path) as (container, stream):
+        packets = _demux(container, stream)
+        _check_complete(path, packets, max(stream.frames, len(stream.index_entries)))
+        if first is None:
+            raise VideoError(f"{path}: found no frame that can be decoded in {len(packets.shown)} packets")
+        timed = _is(container, _TIMED_CONTAINERS) and packets.timed
+        times = packets.shown
+        if timed:
+            times = [*sorted(time for time in packets.shown if time is not None)]
+        counted = timed and stream.codec_context.name in _PACKET_IS_FRAME and first.pts == times[0]
+        time_base, rate = stream.time_base or Fraction(1, 1000), stream.average_rate
+    if not counted:
+        with _open(path) as (container, stream):
+            times = [frame.pts for frame in _decode(container, stream)]
+        timed = timed and _increasing(times) and set(times) <= set(packets.shown)
+
+    span = _span(times) * time_base if timed else Fraction(0)
+    frame_time = packets.last_duration * time_base or (1 / rate if rate else Fraction(0))
+    duration = len(times) / rate if rate and not timed else span + frame_time
+    width, height = (first.height, first.width) if _quarter_turns(first) % 2 else (first.width, first.height)
+    return VideoInfo(
+        path=path,
+        num_frames=len(times),
+        fps=float(len(times) / duration) if duration else 0.0,
+        width=width,
+        height=height,
+        duration=float(duration),
+        time_base=time_base,
+        timestamps=tuple(time for time in times if time is not None) if timed else None,
+        keyframes=tuple(i for i, time in enumerate(times) if time in packets.keys) if timed else (),
+    )
+
+
+def read_frames(
+    video: str | os.PathLike[str] | VideoInfo, indices: Iterable[int] | Sequence[int] | torch.Tensor
+) -> torch.Tensor:
+    """Decode the frames at `indices`, in any order and with repeats, as uint8 RGB `(len(indices), H, W, 3)`.
+
+    They are equal to those of a decode from start to end, and turned upright if the file says how. Seeks to the
+    nearest keyframe where this saves decoding; a file that cannot be seeked exactly is decoded from its start.
+
+    Raises:
+        VideoError: an index out of range, a frame that is missing or that the decoder reports as damaged, and all
+            that `probe` raises.
+    """
+    info = video if isinstance(video, VideoInfo) else probe(video)
+    numbers = [as_index(i) for i in (indices.tolist() if isinstance(indices, torch.Tensor) else indices)]
+    for i in numbers:
+        if not 0 <= i < info.num_frames:
+            raise VideoError(f"{info.path}: frame {i} is out of range, the video has {info.num_frames} frames")
+
+    wanted = sorted(set(numbers))
+    found: dict[int, np.ndarray] = {}
+    try:
+        complete = _read_by_seeking(info, wanted, found)
+    except VideoError:  # perhaps only because of the seek
+        complete = False
+    if not complete:
+        found.clear()
+        _read_in_sequence(info, wanted, found)
+    missing = [i for i in wanted if i not in found]
+    if missing:
+        count = f"found {len(found)} of {len(wanted)} frames asked for"
+        raise VideoError(
+            f"{info.path}: {count}, frame {missing[0]} of {info.num_frames} is missing or cannot be decoded"
+        )
+
+    out = np.empty((len(numbers), info.height, info.width, 3), dtype=np.uint8)
+    for row, i in enumerate(numbers):
+        out[row] = found[i]
+    return torch.from_numpy(out)
+
+
+def _read_by_seeking(info: VideoInfo, wanted: Sequence[int], found: dict[int, np.ndarray]) -> bool:
+    """Put the `wanted` (sorted) frames in `found`; False where only a decode from the start can tell."""
+    if info.timestamps is None:
+        return False
+    position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps)}
+    to_rgb = _RGB(info)
+    with _open(info.path) as (container, stream):
+        frames = _decode(container, stream)
+        start = reached = 0  # decoding began at frame `start`; all before `reached` were decoded or skipped
+        for index in wanted:
+            place = bisect.bisect_right(info.keyframes, index) - 1
+            key = info.keyframes[place] if place >= 0 else 0
+            if key - reached >= _SEEK_GAIN:
+                container.seek(info.timestamps[key], stream=stream)
+                frames, start, reached = _decode(container, stream), key, key
+            for frame in frames:
+                i = position.get(frame.pts, -1)
+                if 0 <= i < start:  # a leading frame of an open group, whose references lie before the seek
+                    continue
+                if i != reached:
+                    return False
+                to_rgb.check(frame, i)
+                reached = i + 1
+                if i == index:
+                    found[i] = to_rgb(frame, i)
+                    break
+            else:
+                return False
+    return True
+
+
+def _read_in_sequence(info: VideoInfo, wanted: Sequence[int], found: dict[int, np.ndarray]) -> None:
+    """Put the `wanted` (sorted) frames in `found`, decoding the file from its start."""
+    position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps or ())}
+    remaining = set(wanted)
+    to_rgb = _RGB(info)
+    with _open(info.path) as (container, stream):
+        for count, frame in enumerate(_decode(container, stream)):
+            i = position.get(frame.pts, -1) if position else count
+            to_rgb.check(frame, i)
+            if i in remaining:
+                remaining.remove(i)
+                found[i] = to_rgb(frame, i)
+            if not remaining:
+                return
+
+
+class _RGB:
+    """Conversion of the frames of one video to upright RGB arrays."""
+
+    def __init__(self, info: VideoInfo) -> None:
+        self.info = info
+        self.reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+
+    def check(self, frame: VideoFrame, index: int) -> None:
+        """Refuse a frame that the decoder patched up."""
+        if frame.is_corrupt:
+            raise VideoError(f"{self.info.path}: frame {index} of {self.info.num_frames} is damaged")
+
+    def __call__(self, frame: VideoFrame, index: int) -> np.ndarray:
+        array = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        array = np.rot90(array, _quarter_turns(frame))
+        expected = (self.info.height, self.info.width, 3)
+        if array.shape != expected:
+            raise VideoError(
+                f"{self.info.path}: frame {index} is {array.shape[1]}x{array.shape[0]} pixels, "
+                f"but the first is {self.info.width}x{self.info.height}; re-encode the file at one size"
+            )
+        return array
+
+
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Counter-clockwise quarter turns that bring a frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+@contextmanager
+def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the video stream of a file; everything that PyAV raises inside becomes a `VideoError`."""
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise VideoError(f"{path}: is a {'directory' if os.path.isdir(path) else 'device or pipe'}, not a video file")
+    if not os.access(path, os.R_OK):
+        raise VideoError(f"{path}: no permission to read the file")
+    if os.path.getsize(path) == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes)")
+    container = None
+    try:
+        # The protocol is named, so that a path with a colon is not taken for an address.
+        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        if _is(container, _NOT_A_VIDEO):
+            raise VideoError(f"{path}: is not a video file (format {container.format.name})")
+        streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
+        if not streams:
+            kinds = sorted({s.type for s in container.streams})
+            raise VideoError(f"{path}: has no video stream (it has {', '.join(kinds) or 'no streams at all'})")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise VideoError(f"{path}: this build of FFmpeg has no decoder for the video stream")
+        stream.codec_context.thread_count = 1  # data loader workers are the parallelism; threads would outlive seeks
+        yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        _check_complete(path)
+        what = "cannot be decoded" if container is not None else "is not a video file that FFmpeg can read"
+        raise VideoError(f"{path}: {what} ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        if container is not None:
+            container.close()
+
+
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for frame in container.decode(stream):
+        assert isinstance(frame, VideoFrame)
+        yield frame
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
+    packets = _Packets()
+    for packet in container.demux(stream):
+        if packet.size == 0:  # the flush packet at the end
+            continue
+        (packets.hidden if packet.is_discard else packets.shown).append(packet.pts)
+        packets.cut = packet.is_corrupt
+        packets.last_duration = packet.duration or packets.last_duration
+        if packet.is_keyframe:
+            packets.keys.add(packet.pts)
+    return packets
+
+
+def _is(container: InputContainer, formats: Iterable[str]) -> bool:
+    return not set(container.format.name.split(",")).isdisjoint(formats)
+
+
+def _increasing(times: Sequence[int | None]) -> bool:
+    known = [time for time in times if time is not None]
+    return len(known) == len(times) and all(a < b for a, b in pairwise(known))
+
+
+def _span(times: Sequence[int | None]) -> int:
+    known = [time for time in times if time is not None]
+    return known[-1] - known[0] if known else 0
+
+
+def _check_complete(path: str, packets: _Packets | None = None, announced: int = 0) -> None:
+    """Raise if the file ends before its container says that it does."""
+    size, declared = os.path.getsize(path), _declared_size(path)
+    cut = packets is not None and packets.cut
+    if declared <= size and not cut:
+        return
+    what, reasons = "truncated or damaged", []
+    if declared > size:
+        what, reasons = "truncated", [f"{size} of {declared} bytes"]
+    if packets is not None:
+        whole = len(packets.shown) + len(packets.hidden) - packets.cut
+        reasons.append(f"found {whole} of {announced} frames" if announced > whole else f"found {whole} whole frames")
+    raise VideoError(f"{path}: the file is {what} ({', '.join(reasons)})")
+
+
+def _declared_size(path: str) -> int:
+    """The least number of bytes that the outermost structure of an MP4, Matroska or AVI file asks for; 0 if unknown."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] == b"RIFF":
+            size = int.from_bytes(head[4:8], "little")
+            return size if size < 0xFFFFFFF0 else 0  # without its own header: some writers count that in
+        if head[:4] == b"\x1aE\xdf\xa3":
+            return _matroska_size(file)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            return _mp4_size(file)
+    return 0
+
+
+def _mp4_size(file: BinaryIO) -> int:
+    total = file.seek(0, os.SEEK_END)
+    position = 0
+    while position + 8 <= total:
+        file.seek(position)
+        header = file.read(16)
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if size == 1:
+            size = int.from_bytes(header[8:16], "big")
+        if size < 8:  # 0: up to the end of the file
+            return 0
+        if position + size > total:
+            return (
+                position + size if kind in (b"mdat", b"moov", b"moof", b"mfra") else 0
+            )  # else: junk after the last box
+        position += size
+    return 0
+
+
+def _matroska_size(file: BinaryIO) -> int:
+    def size_field() -> int | None:
+        first = file.read(1)
+        if not first or first[0] == 0:
+            return None
+        extra = 8 - first[0].bit_length()
+        bits = 7 * (extra + 1)
+        value = int.from_bytes(first + file.read(extra), "big") & ((1 << bits) - 1)
+        return None if value == (1 << bits) - 1 else value  # all ones: unknown, a live stream
+
+    file.seek(4)
+    header = size_field()
+    if header is None:
+        return 0
+    file.seek(header, os.SEEK_CUR)
+    if file.read(4) != b"\x18S\x80g":
+        return 0
+    body = size_field()
+    return 0 if body is None else file.tell() + body

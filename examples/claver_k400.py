@@ -1,0 +1,158 @@
+"""CLAVER on Kinetics-400, or on any list of labelled videos: demo, train, eval, predict. Without arguments: demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "claver" / "configs"
+DEMO_CHECKPOINT = "runs/demo/claver.pt"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status is 1 for an error that the user can mend, which is printed without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from claver.demo import demo
+
+    demo(
+        options.run_dir,
+        seed=options.seed,
+        num_train=options.num_train,
+        num_test=options.num_test,
+        epochs=options.epochs,
+    )
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    from claver.train import run_evaluation, train
+
+    config = _config(options)
+    run = train(config, resume=options.resume)
+    from claver.checkpoint import load_model
+
+    model, content = load_model(run.folder / "best.pt")
+    print(f"evaluating best.pt, of epoch {content['epoch']}")
+    _print_evaluation(config.run_dir, run_evaluation(config, model, run.tokens))
+    return 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    from claver.checkpoint import load_model
+    from claver.config import from_dict
+    from claver.data import read_labels
+    from claver.train import prompts_of, run_evaluation, tokens_of
+
+    config = _config(options) if options.config else None
+    model, content = load_model(options.checkpoint, config)
+    config = config or from_dict(content["config"], options.checkpoint)
+    prompts = content.get("prompts") or prompts_of(config, read_labels(config.data.labels))
+    _print_evaluation(None, run_evaluation(config, model, tokens_of(prompts, model)))
+    return 0
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    import torch
+    from claver.checkpoint import load_model
+    from claver.config import from_dict
+    from claver.data import read_labels
+    from claver.evaluate import predict_files
+    from claver.prompts import build_prompts
+    from claver.train import prompts_of, tokens_of
+
+    if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
+        raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first, or pass --checkpoint")
+    config = _config(options) if options.config else None
+    model, content = load_model(options.checkpoint, config)
+    config = config or from_dict(content["config"], options.checkpoint)
+    if options.labels:
+        classes = read_labels(options.labels)
+        prompts = build_prompts(classes, config.data.templates) if config.data.templates else build_prompts(classes)
+    else:
+        classes = content.get("classes") or read_labels(config.data.labels)
+        prompts = content.get("prompts") or prompts_of(config, classes)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    results = predict_files(
+        model,
+        options.videos,
+        tokens_of(prompts, model),
+        config.model.frames,
+        config.augment,
+        clips=config.test.clips,
+        crops=config.test.crops,
+    )
+    for path, result in zip(options.videos, results, strict=True):
+        print(path)
+        if isinstance(result, str):
+            print(f"  error: {result}")
+            continue
+        top = result.topk(min(options.top, len(classes)))
+        for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            print(f"  {probability:6.1%}  {classes[index]}")
+    return int(any(isinstance(result, str) for result in results))
+
+
+def _config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from claver.config import load_config
+
+    overrides = list(options.set or [])
+    if getattr(options, "run_dir", None):
+        overrides.append(f"run_dir={json.dumps(options.run_dir)}")
+    named = CONFIGS / f"{options.config}.yaml"
+    return load_config(named if named.exists() else options.config, overrides)
+
+
+def _print_evaluation(run_dir: str | None, evaluation) -> None:  # type: ignore[no-untyped-def]
+    result = {"top1": evaluation.top(1), "top5": evaluation.top(5), "videos": len(evaluation.labels)}
+    print(json.dumps(result))
+    if run_dir:
+        (Path(run_dir) / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(title="commands")
+
+    demo = commands.add_parser(
+        "demo", help="write videos of motions, train on them from scratch, show what was learned"
+    )
+    train = commands.add_parser("train", help="train on lists of videos")
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint multi-view")
+    predict = commands.add_parser("predict", help="print the likeliest classes of video files")
+
+    for command, run in ((demo, run_demo), (train, run_train), (evaluate, run_eval), (predict, run_predict)):
+        command.set_defaults(run=run)
+    for command in (parser, demo):
+        command.add_argument("--run-dir", default="runs/demo", help="folder for everything it writes")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--num-train", type=int, default=800, help="training videos")
+        command.add_argument("--num-test", type=int, default=240, help="held-out videos")
+        command.add_argument("--epochs", type=int, default=20)
+    parser.set_defaults(run=run_demo)
+
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    for command, needed in ((train, True), (evaluate, False), (predict, False)):
+        command.add_argument("--config", required=needed, help=f"a YAML file, or one of {known}")
+        command.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="change the configuration")
+    train.add_argument("--run-dir", help="folder for everything it writes")
+    train.add_argument("--resume", action="store_true", help="go on from last.pt in the run folder")
+    evaluate.add_argument("--checkpoint", required=True, help="of this program, or an official one (with --config)")
+    predict.add_argument("videos", nargs="+", metavar="VIDEO")
+    predict.add_argument("--checkpoint", default=DEMO_CHECKPOINT, help="default: %(default)s")
+    predict.add_argument("--labels", help="CSV of id,name: other classes than those of the training")
+    predict.add_argument("--top", type=int, default=5, help="classes to print")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

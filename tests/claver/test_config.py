@@ -1,0 +1,80 @@
+"""A configuration is what its file says, or an error that says what is wrong with it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from claver.config import Config, from_dict, load_config, to_dict
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "claver" / "configs"
+
+
+@pytest.mark.parametrize(
+    "name", [f"k400_{model}_{frames}f" for model in ("b32", "b16", "l14") for frames in (8, 16, 32)]
+)
+def test_the_files_for_kinetics_400_are_the_authors_settings(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    model, frames = re.fullmatch(r"k400_(\w+)_(\d+)f", name).groups()
+    assert config.model.name == {"b32": "ViT-B-32", "b16": "ViT-B-16", "l14": "ViT-L-14"}[model]
+    assert config.model.frames == int(frames)
+    train = config.train
+    assert (train.lr, train.temporal_lr_mult, train.batch_size, train.epochs, train.warmup_epochs) == (
+        1.2e-5,
+        10,
+        256,
+        60,
+        5,
+    )
+    assert (train.betas, train.eps, train.weight_decay, train.min_lr_ratio) == ((0.9, 0.98), 1e-8, 1e-3, 0.01)
+    assert (config.augment.mixup, config.augment.cutmix, config.augment.switch, config.seed) == (0.8, 1.0, 0.5, 3047)
+    assert (config.test.clips, config.test.crops) == (4, 3)
+    assert train.batch_size % train.accumulate == 0
+
+
+def test_dictionaries_round_trip():
+    config = Config()
+    assert from_dict(to_dict(config)) == config
+
+
+def test_overrides_and_numbers_without_a_point(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {lr: 1e-5}\n")
+    config = load_config(
+        file, ["model.frames=16", "data.root=/videos", "train.weight_decay=0", "augment.scales=[1, 0.5]"]
+    )
+    assert (config.train.lr, config.model.frames, config.data.root, config.train.weight_decay) == (
+        1e-5,
+        16,
+        "/videos",
+        0.0,
+    )
+    assert config.augment.scales == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {learning_rate: 1}", "unknown learning_rate; known are epochs, batch_size"),
+        ("trian: {}", "unknown trian; known are run_dir, seed, data"),
+        ("train: {epochs: many}", "epochs must be int, not 'many'"),
+        ("train: {epochs: 0}", "train.epochs must be at least 1"),
+        ("train: {tune: head}", "train.tune must be one of full, temporal"),
+        ("train: {precision: fp8}", "train.precision must be one of"),
+        ("train: 3", "expected a mapping"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "not a readable YAML file"),
+        ("augment: {flip: 2}", "flip is a probability"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(file)
+
+
+def test_a_missing_file_and_a_bad_override_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ValueError, match=r"section\.key=value"):
+        load_config(CONFIGS / "k400_b32_8f.yaml", ["train.epochs"])

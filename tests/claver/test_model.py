@@ -1,0 +1,43 @@
+"""The contrastive model computes what the paper's formula says."""
+
+import pytest
+import torch
+from claver.config import ModelConfig
+from claver.model import build_model, describe_trained, freeze
+from small import small_model
+from torch.nn import functional as F
+
+
+def test_logits_are_scaled_cosines_of_the_mean_of_normalised_frames():
+    model = build_model(small_model()).eval()
+    video, tokens = torch.randn(2, 4, 3, 32, 32), torch.randint(1, 100, (3, 5, 16))
+    frames = model.clip.visual.forward_frames(video)
+    expected_video = (frames / frames.norm(dim=-1, keepdim=True)).mean(1)
+    text = F.normalize(model.clip.encode_text(tokens.flatten(0, 1)), dim=-1).view(3, 5, -1)
+    expected = model.clip.logit_scale.exp() * torch.einsum("be,ace->bac", expected_video, text)
+    torch.testing.assert_close(model(video, tokens), expected)
+    assert (model.encode_video(video).norm(dim=-1) < 1 - 1e-4).all()  # a mean of unit vectors, not normalised again
+
+
+def test_a_third_of_the_depth_is_temporal_and_has_the_papers_mask():
+    model = build_model(
+        small_model(vision={"layers": 6, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32})
+    )
+    assert len(model.clip.visual.temporal_encoder.blocks) == 2
+    assert {repr(block.attn.mask) for block in model.clip.visual.temporal_encoder.blocks} == {"kmt"}
+
+
+def test_parameters_of_the_published_model():
+    model = build_model(ModelConfig(name="ViT-B-32", pretrained=None))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(179.6, abs=0.1)
+
+
+def test_temporal_tuning_trains_the_temporal_parameters_alone():
+    model = build_model(small_model())
+    freeze(model, "temporal")
+    assert {("temporal_" in name) == p.requires_grad for name, p in model.named_parameters()} == {True}
+    assert "vision 0.0M" in describe_trained(model)
+    freeze(model, "full")
+    assert all(p.requires_grad for p in model.parameters())
+    model(torch.randn(2, 4, 3, 32, 32), torch.randint(1, 100, (2, 5, 16))).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

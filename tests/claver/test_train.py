@@ -1,0 +1,131 @@
+"""Training follows its schedule, resumes exactly, and stops at broken data with all the names."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from claver.checkpoint import CheckpointError, load_checkpoint
+from claver.data import DatasetError
+from claver.train import contrastive_loss, learning_rate_factor, run_evaluation, train
+from hypothesis import given
+from hypothesis import strategies as st
+from small import small_config
+from torch.nn import functional as F
+
+
+@given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1))
+def test_the_learning_rate_warms_up_from_zero_and_falls_to_its_minimum(total, warmup, minimum):
+    rates = [learning_rate_factor(step, warmup + total, warmup, minimum) for step in range(warmup + total + 1)]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert rates[warmup] == 1
+    assert rates[-1] == pytest.approx(minimum)
+    assert rates[:warmup] == pytest.approx([step / warmup for step in range(warmup)])
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+
+
+def test_the_target_holds_for_each_prompt():
+    logits, target = torch.randn(3, 4, 5), torch.randn(3, 5).softmax(-1)
+    expected = torch.stack([F.cross_entropy(logits[:, a], target) for a in range(4)]).mean()
+    torch.testing.assert_close(contrastive_loss(logits, target), expected)
+
+
+def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
+    whole = train(small_config(tmp_path, run="whole", epochs=3))
+    config = small_config(tmp_path, run="parts", epochs=3)
+
+    original, calls = torch.Tensor.backward, []
+
+    def stop_in_the_third_epoch(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", stop_in_the_third_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["epoch"] == 2
+    resumed = train(config, resume=True)
+    assert resumed.history == whole.history
+    for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
+    with pytest.raises(CheckpointError, match=r"other settings \(train\)"):
+        train(changed, resume=True)
+
+
+def test_a_run_leaves_its_configuration_history_and_checkpoints_in_its_folder_alone(tmp_path):
+    config = small_config(tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    run = train(config)
+    new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and path not in before}
+    assert new == {"run/config.json", "run/history.jsonl", "run/last.pt", "run/best.pt"}
+    records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert records == run.history
+    assert {"step", "loss", "lr"} <= records[0].keys()
+    assert "top1" in records[-1]
+
+
+def test_accumulated_steps_have_the_gradient_of_the_whole_batch(tmp_path):
+    plain = small_config(tmp_path, epochs=1, eps=1.0)  # so large that AdamW steps in proportion to the gradient
+    no_mix = dataclasses.replace(plain.augment, mixup=0.0, cutmix=0.0)
+    states = []
+    for accumulate in (1, 2):
+        settings = dataclasses.replace(plain.train, accumulate=accumulate, lr=0.1)
+        run_dir = str(tmp_path / f"accumulate{accumulate}")
+        states.append(
+            train(dataclasses.replace(plain, run_dir=run_dir, augment=no_mix, train=settings)).model.state_dict()
+        )
+    for a, b in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_evaluation_sees_each_video_once_in_the_order_of_the_list(tmp_path):
+    config = small_config(tmp_path, num_test=8)
+    run = train(config)
+    result = run_evaluation(config, run.model, run.tokens)
+    lines = Path(config.data.test_list).read_text().splitlines()
+    labels = [int(line.rsplit(" ", 1)[1]) for line in lines]
+    assert result.labels.tolist() == labels
+    torch.testing.assert_close(result.probabilities.sum(1), torch.ones(8))
+    assert int(result.confusion().sum()) == 8
+    assert result.confusion().diagonal().sum().item() / 8 == pytest.approx(result.top(1))
+    assert result.top(8) == 1
+
+
+def test_broken_files_are_all_named_with_counts(tmp_path):
+    config = small_config(tmp_path)
+    videos = tmp_path / "data" / "videos"
+    (videos / "train_00003.mp4").unlink()
+    (videos / "train_00005.mp4").write_bytes(b"")
+    with pytest.raises(DatasetError, match="found 14 of 16 videos, 2 missing or broken") as raised:
+        train(config)
+    assert "train_00003.mp4" in str(raised.value)
+    assert "train_00005.mp4" in str(raised.value)
+
+
+def test_an_evaluation_with_broken_files_gives_no_number(tmp_path):
+    config = small_config(tmp_path)
+    run = train(config)
+    for name in ("test_00001.mp4", "test_00006.mp4"):
+        (tmp_path / "data" / "videos" / name).write_text("this is no video")
+    with pytest.raises(DatasetError, match="found 6 of 8 videos, 2 missing or broken") as raised:
+        run_evaluation(config, run.model, run.tokens)
+    assert "test_00001.mp4" in str(raised.value)
+    assert "test_00006.mp4" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 9, "accumulate": 2}, "no multiple"),
+        ({"prompts_per_step": 4}, "3 prompts"),
+        ({"batch_size": 64}, "do not fill"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(small_config(tmp_path, **change))

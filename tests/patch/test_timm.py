@@ -1,0 +1,201 @@
+"""What is particular to timm's vision transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kronmask import param_groups, patch_vit, temporal_parameters, unpatch_vit
+from kronmask.nn import KronAttention
+
+timm = pytest.importorskip("timm")
+vit = pytest.importorskip("timm.models.vision_transformer")
+layers = pytest.importorskip("timm.layers")
+
+
+def small(**options) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    return vit.VisionTransformer(**(sizes | options)).eval()
+
+
+def clips(frames: int = 4, size: int = 32) -> Tensor:
+    return torch.randn(2, frames, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("vit_base_patch16_clip_224", 197),
+        ("vit_small_patch14_reg4_dinov2", 261),
+        ("vit_base_patch16_siglip_224", 196),
+        ("deit_tiny_distilled_patch16_224", 198),
+    ],
+)
+def test_registered_models_equal_the_image_model_averaged_over_frames(name: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    sizes = {} if name == "vit_base_patch16_clip_224" else {"depth": 3, "embed_dim": 96, "num_heads": 3}
+    options = {"img_size": 224} if "dinov2" in name else {}
+    model = timm.create_model(name, **options, **sizes).eval()
+    video = clips(2, 224)[:1]
+    with torch.no_grad():
+        expected = model(video.flatten(0, 1)).mean(0, keepdim=True)
+        patch_vit(model)
+        torch.testing.assert_close(model(video), expected, rtol=1e-5, atol=1e-5)
+        assert model.forward_tokens(video).shape == (1, 2, tokens, model.embed_dim)
+    assert len(model.temporal_encoder.blocks) == len(model.blocks) // 3
+
+
+def test_forward_is_the_head_on_the_features_of_each_frame() -> None:
+    model = patch_vit(small(reg_tokens=2), init="random")
+    features = model.forward_features(clips())
+    assert features.shape == (2, 4, 4 + 3, 24)
+    assert torch.equal(model.forward_head(features), model(clips()))
+    assert torch.equal(model.norm(model.forward_tokens(clips())), features)
+    logits = model.forward_frames(clips())
+    assert logits.shape == (2, 4, 5)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, :, 0].mean(1))
+    torch.testing.assert_close(model.forward_head(features[:, 0]), logits[:, 0])
+
+
+def test_temporal_blocks_have_the_heads_norms_and_activation_of_the_image_blocks() -> None:
+    model = small(norm_layer=layers.RmsNorm, act_layer="quick_gelu", qk_norm=True, mlp_ratio=3.0)
+    patch_vit(model, init="random")
+    block, image = model.temporal_encoder.blocks[0], model.blocks[0]
+    assert type(block.ln_1) is type(image.norm1)
+    assert block.ln_1.eps == image.norm1.eps
+    assert type(block.mlp.act) is type(image.mlp.act)
+    assert type(block.attn.q_norm) is type(image.attn.q_norm)
+    assert block.mlp.c_fc.out_features == 72
+    assert block.attn.num_heads == 2
+    assert len(model.temporal_encoder.blocks) == 1
+
+
+def test_norms_start_fresh_and_learn_though_the_image_model_is_frozen() -> None:
+    model = small().requires_grad_(False)
+    with torch.no_grad():
+        model.blocks[-1].norm1.weight.fill_(7)
+    patch_vit(model, init="random")
+    assert (model.temporal_encoder.blocks[0].ln_1.weight == 1).all()
+    assert all(p.requires_grad for p in temporal_parameters(model).values())
+    assert [group["name"] for group in param_groups(model, lr=1.0)] == ["temporal", "temporal_no_decay"]
+
+
+def test_head_and_input_size_can_change_after_patching() -> None:
+    model = patch_vit(small(dynamic_img_size=True), init="random")
+    assert model(clips(size=48)).shape == (2, 5)
+    model.reset_classifier(7)
+    assert model(clips()).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(clips()).shape == (2, 24)
+    model.set_input_size(64)
+    assert model.forward_tokens(clips(size=64)).shape == (2, 4, 17, 24)
+    assert type(unpatch_vit(model)) is vit.VisionTransformer
+
+
+def test_patch_dropout_drops_the_same_patches_in_all_frames() -> None:
+    model = patch_vit(small(patch_drop_rate=0.5, img_size=64), temporal_embedding=False).train()
+    frame = clips(1, size=64)
+    tokens = model.forward_tokens(frame.expand(-1, 5, -1, -1, -1))
+    assert tokens.shape == (2, 5, 1 + 8, 24)
+    torch.testing.assert_close(tokens, tokens[:, :1].expand_as(tokens))
+    assert not torch.allclose(model.forward_tokens(frame), model.forward_tokens(frame))
+    assert model.eval().forward_tokens(frame).shape[2] == 17
+
+
+def test_a_distilled_model_in_training_returns_both_heads_per_clip() -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2, num_classes=5, img_size=32)
+    model.set_distilled_training(True)
+    outputs = patch_vit(model).train()(clips())
+    assert [output.shape for output in outputs] == [(2, 5), (2, 5)]
+
+
+def test_models_of_other_channels_say_which_they_expect() -> None:
+    model = patch_vit(small(in_chans=1))
+    assert model(clips()[:, :, :1]).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"\(B, T, 1, H, W\)"):
+        model(clips())
+
+
+def test_a_mask_of_the_image_model_is_refused() -> None:
+    model = patch_vit(small())
+    with pytest.raises(ValueError, match="attn_mask"):
+        model(clips(), attn_mask=torch.ones(5, 5))
+    with pytest.raises(ValueError, match="is_causal"):
+        model.forward_features(clips(), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_other_architectures_are_refused_by_name(name: str) -> None:
+    model = timm.create_model(name)
+    with pytest.raises(TypeError, match=f"{type(model).__name__}.*vit_"):
+        patch_vit(model)
+
+
+class OwnFeatures(vit.VisionTransformer):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(x)
+
+
+def test_a_subclass_whose_own_features_would_be_lost_is_refused() -> None:
+    with pytest.raises(TypeError, match="OwnFeatures defines its own forward_features"):
+        patch_vit(OwnFeatures(img_size=32, embed_dim=24, depth=1, num_heads=2))
+    model = small()
+    model.forward = model.forward_features
+    with pytest.raises(TypeError, match="the instance defines its own forward"):
+        patch_vit(model)
+
+
+@pytest.mark.parametrize("block", [vit.ParallelScalingBlock, vit.DiffParallelScalingBlock])
+def test_blocks_without_an_attention_of_their_own_take_all_but_replace(block: type[nn.Module]) -> None:
+    video = clips()
+    model = small(block_fn=block)
+    expected = model(video.flatten(0, 1)).unflatten(0, (2, 4)).mean(1)
+    with pytest.raises(TypeError, match=f"does not know blocks of type .*{block.__name__}"):
+        patch_vit(model, placement="replace")
+    for placement in ("append", "interleave"):
+        torch.testing.assert_close(patch_vit(model, placement=placement)(video), expected, rtol=1e-5, atol=1e-5)
+        unpatch_vit(model)
+    with pytest.raises(ValueError, match=f"init='copy' cannot copy .*{block.__name__}"):
+        patch_vit(model, init="copy")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mlp_layer": layers.SwiGLU}, "MLP is SwiGLU"),
+        ({"scale_mlp_norm": True}, "MLP is Mlp"),
+        ({"scale_attn_norm": True}, "norm or gate"),
+        ({"block_fn": vit.ResPostBlock}, "ResPostBlock"),
+        ({"attn_layer": "diff"}, "DiffAttention"),
+    ],
+)
+def test_copies_that_would_compute_something_else_are_refused(options: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"init='copy' cannot copy .*{reason}"):
+        patch_vit(small(**options), init="copy")
+
+
+def test_replace_refuses_attention_dropout_and_unknown_attention() -> None:
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1"):
+        patch_vit(small(attn_drop_rate=0.1), placement="replace")
+    with pytest.raises(TypeError, match="DiffAttention"):
+        patch_vit(small(attn_layer="diff"), placement="replace")
+    model = patch_vit(small(), placement="replace")
+    model.blocks[0].attn.attn_drop.p = 0.2
+    assert model(clips()).shape == (2, 5)  # dropout does nothing in eval
+    with pytest.raises(ValueError, match=r"attention dropout 0\.2"):
+        model.train()(clips())
+
+
+def test_replaced_attention_is_the_same_attention_over_the_clip() -> None:
+    """Against `KronAttention` with the same weights."""
+    model = patch_vit(small(qkv_bias=True), placement="replace", attention="kmct", layers=[0])
+    ours = KronAttention(24, 2, "kmct")
+    image = model.blocks[0].attn
+    with torch.no_grad():
+        ours.in_proj_weight.copy_(image.qkv.weight)
+        ours.in_proj_bias.copy_(image.qkv.bias)
+        ours.out_proj.load_state_dict(image.proj.state_dict())
+    x = torch.randn(2, 4, 5, 24)
+    torch.testing.assert_close(image(x), ours(x.flatten(1, 2), 4, 5).unflatten(1, (4, 5)))
