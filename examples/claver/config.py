@@ -50,9 +50,11 @@ class ModelConfig:
     layers: int | None = None  # temporal blocks; None: depth // 3
     init: str = "random"
     temporal_embedding: bool = True
-    position_std: float | None = (
-        None  # from scratch: std of position and temporal embeddings; None: CLIP's and the paper's
-    )
+    # for training from scratch, where CLIP's small initial values take long to grow; None: CLIP's and the paper's
+    position_std: float | None = None
+    temporal_std: float | None = None
+    token_std: float | None = None
+    logit_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,15 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             attention="kmct" if temporal else "spatial",
             layers=2,
             temporal_embedding=temporal,
-            # patch tokens have a standard deviation of about .5 at the start; smaller positions drown in them
-            position_std=0.5,
+            # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
+            position_std=1.0,
+            temporal_std=0.5,
+            token_std=0.5,
+            logit_scale=30.0,
         ),
-        # left and right must not be mirrored, and a mixed clip would move both ways
+        # left and right must not be mirrored, a mixed clip would move both ways, and the frames fill the model's input
         augment=AugmentConfig(
-            size=SIZE, short_side=SIZE, scales=(1.0, 0.875), flip=0, jitter=0, grey=0.1, mixup=0, cutmix=0
+            size=SIZE, short_side=SIZE, scales=(1.0,), flip=0, jitter=0, grey=0, mixup=0, cutmix=0, label_smoothing=0.1
         ),
         train=TrainConfig(
             epochs=epochs,
@@ -72,7 +75,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             lr=1.5e-3,
             temporal_lr_mult=1,
             warmup_epochs=2,
-            weight_decay=0.05,
+            weight_decay=0.02,
             max_grad_norm=1.0,
             prompts_per_step=2,
             evaluate_every=4,
@@ -82,7 +85,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
 
 
 def demo(
-    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 20
+    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 24
 ) -> dict[str, Any]:
     """Write videos, train both models, evaluate them multi-view, draw, and print where everything is.
 

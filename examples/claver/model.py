@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -75,10 +76,16 @@ def build_model(config: ModelConfig) -> Claver:
         init=config.init,
         temporal_embedding=config.temporal_embedding,
     )
-    if config.position_std is not None:
-        nn.init.normal_(clip.visual.positional_embedding, std=config.position_std)
-        if config.temporal_embedding:
-            nn.init.normal_(clip.visual.temporal_encoder.embedding.weight, std=config.position_std)
+    initial = {"visual.positional_embedding": config.position_std, "token_embedding.weight": config.token_std}
+    if config.token_std is not None:
+        initial["positional_embedding"] = config.token_std / 2  # of the text; CLIP's own ratio
+    if config.temporal_embedding:
+        initial["visual.temporal_encoder.embedding.weight"] = config.temporal_std
+    for name, std in initial.items():
+        if std is not None:
+            nn.init.normal_(clip.get_parameter(name), std=std)
+    if config.logit_scale is not None:
+        nn.init.constant_(clip.logit_scale, math.log(config.logit_scale))
     return Claver(clip)
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from claver.figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 
-pytest.importorskip("matplotlib")
-
 NAMES = ["moving left", "moving right", "growing"]
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 24, 3), dtype=np.uint8)
 GUESSES = [[("moving left", 0.7), ("growing", 0.2), ("moving right", 0.1)], [("growing", 1.0)]]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from claver.motions import MOTIONS, draw_clip, opposite, write_motion_dataset, write_video
-
-av = pytest.importorskip("av")
 
 SEEDS = range(12)
 

@@ -22,6 +22,7 @@ from claver.prompts import (
     load_tokenizer,
     tokenize,
 )
+from open_clip.tokenizer import SimpleTokenizer
 
 START, END = 49406, 49407
 CLASSES = ["ApplyEyeMakeup", "brush_hair"]
@@ -125,7 +126,6 @@ def test_a_missing_or_broken_prompt_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_prompts_of_the_motions_are_complete_and_fit_in_the_context() -> None:
-    pytest.importorskip("open_clip")
     prompts = build_prompts(MOTIONS, OBJECT_TEMPLATES, load_prompts(MOTION_PROMPTS, MOTIONS))
     assert len(prompts) == len(OBJECT_TEMPLATES) + 20
     texts = [text for row in prompts for text in row]
@@ -137,7 +137,7 @@ def test_the_prompts_of_the_motions_are_complete_and_fit_in_the_context() -> Non
 
 
 def test_tokens_agree_with_open_clip_for_prompts_that_fit() -> None:
-    tokenizer = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
+    tokenizer = SimpleTokenizer()
     prompts = build_prompts(CLASSES)
     tokens = tokenize(prompts)
     assert tokens.shape == (16, 2, 77)
@@ -146,7 +146,6 @@ def test_tokens_agree_with_open_clip_for_prompts_that_fit() -> None:
 
 
 def test_long_prompts_lose_whole_words_keep_the_end_token_and_warn_once() -> None:
-    pytest.importorskip("open_clip")
     long = " ".join(f"extraordinarily{i}" for i in range(60))
     with pytest.warns(UserWarning, match="2 of 4 prompts are longer than 20 tokens") as caught:
         tokens = tokenize([["short", long], [long, "short"]], context_length=20)
@@ -167,14 +166,13 @@ def test_long_prompts_lose_whole_words_keep_the_end_token_and_warn_once() -> Non
 
 
 def test_a_single_word_that_is_too_long_is_cut_and_keeps_the_end_token() -> None:
-    tokenizer = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
+    tokenizer = SimpleTokenizer()
     with pytest.warns(UserWarning, match="1 of 1 prompts"):
         tokens = tokenize([["1234567890" * 3 + " more"]], context_length=5)
     assert torch.equal(tokens[0, 0], tokenizer("123", context_length=5)[0])
 
 
 def test_what_cannot_be_tokenized_is_refused() -> None:
-    pytest.importorskip("open_clip")
     with pytest.raises(ValueError, match=r"2 rows of lengths \[1, 2\]"):
         tokenize([["a"], ["a", "b"]])
     with pytest.raises(ValueError, match="got 0 rows"):

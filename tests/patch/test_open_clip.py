@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
+import open_clip
+import open_clip.coca_model as coca_file
+import open_clip.model as model_file
+import open_clip.transformer as oc
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,10 +16,6 @@ from torch.nn import functional as F
 
 from kronmask import param_groups, patch_vit, temporal_parameters, unpatch_vit
 from kronmask.nn import KronAttention
-
-open_clip = pytest.importorskip("open_clip")
-model_file = pytest.importorskip("open_clip.model")
-oc = pytest.importorskip("open_clip.transformer")
 
 TEXT = {"context_length": 7, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 
@@ -83,7 +83,6 @@ def test_frames_can_be_normalised_before_the_mean_as_claver_does() -> None:
 
 
 def test_coca_takes_video() -> None:
-    coca_file = pytest.importorskip("open_clip.coca_model")
     torch.manual_seed(0)
     vision = {"layers": 2, "width": 24, "head_width": 12, "patch_size": 16, "image_size": 32}
     vision |= {"attentional_pool": True, "attn_pooler_queries": 3, "output_tokens": True}
@@ -99,7 +98,6 @@ def test_coca_takes_video() -> None:
 
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 def test_a_timm_image_tower_takes_video_and_projects_each_frame(projection: str) -> None:
-    pytest.importorskip("timm")
     vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": projection, "image_size": 160}
     model, video = clip(model_file.CustomTextCLIP, vision), clips(3, 160)
     types, keys = [type(module) for module in model.modules()], list(model.state_dict())

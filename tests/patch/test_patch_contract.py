@@ -10,18 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import open_clip.model as oc_model
+import open_clip.transformer as oc
 import pytest
+import timm.layers as timm_layers
+import timm.models.deit as timm_deit
+import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
 
 from kronmask import KronMask, attention_backend, masks, param_groups, patch_vit, temporal_parameters, unpatch_vit
 from kronmask.patch.common import VideoTower
-
-timm_vit = pytest.importorskip("timm.models.vision_transformer")
-timm_deit = pytest.importorskip("timm.models.deit")
-timm_layers = pytest.importorskip("timm.layers")
-oc = pytest.importorskip("open_clip.transformer")
-oc_model = pytest.importorskip("open_clip.model")
 
 BATCH, FRAMES, SIZE = 2, 4, 32
 
@@ -518,6 +517,24 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(name: str, placemen
             gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
     torch._dynamo.reset()
+
+
+@TWO
+def test_a_checkpointed_model_compiles_without_a_graph_break(name: str) -> None:
+    torch._dynamo.reset()
+    model = stir(patch_vit(image_model(name), layers=1)).train()
+    model.set_grad_checkpointing(True)
+    output = torch.compile(model, fullgraph=True, backend="eager")(clips())
+    torch.testing.assert_close(output, model(clips()), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@TWO
+def test_a_model_exports_for_clips_of_any_size(name: str) -> None:
+    model = stir(patch_vit(image_model(name), layers=1))
+    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("frames", min=2, max=64)}}
+    exported = torch.export.export(model, (clips(),), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(exported(clips(6, batch=3)), model(clips(6, batch=3)), rtol=1e-4, atol=1e-5)
 
 
 @TWO

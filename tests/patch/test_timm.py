@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import timm
+import timm.layers as layers
+import timm.models.vision_transformer as vit
 import torch
 from torch import Tensor, nn
 
 from kronmask import param_groups, patch_vit, temporal_parameters, unpatch_vit
 from kronmask.nn import KronAttention
-
-timm = pytest.importorskip("timm")
-vit = pytest.importorskip("timm.models.vision_transformer")
-layers = pytest.importorskip("timm.layers")
 
 
 def small(**options) -> nn.Module:

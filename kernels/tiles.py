@@ -1,0 +1,425 @@
+"""From a mask to tiles: which query rows a program takes, and which keys it visits for them.
+
+Rows of one query frame see the same keys, so a mask is one key list for each query frame (and one for the prefix): ranges of keys
+that are seen whole, diagonals (own position in another or the own frame), and explicit patterns. Ranges are packed in pairs into
+a *virtual row with a hole*: column `c` of a run is key `start + c + hole * (c >= hole_at)`, so that KMT's keys, all frames but
+one, are one loop with one masked tail. A tile whose rows have different key lists visits the union under a per-row test of key
+intervals; only explicit patterns read bits. Three layouts of rows compete, by a static cost model:
+
+- `token`: consecutive rows, whatever frames they lie in; rows with equal key lists are brought together first.
+- `frame`: tiles never cross a frame; the last tile of each frame is partly empty.
+- `packed`: whole tiles within frames, and the remainders of all frames share tiles.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kronmask.mask import FIRST_PATTERN, FULL, IDENTITY, KronMask
+
+__all__ = [
+    "KINDS",
+    "Blocks",
+    "KeyList",
+    "Run",
+    "Tile",
+    "TileTables",
+    "Tiling",
+    "choose_tiling",
+    "dense_visits",
+    "key_lists",
+    "make_tables",
+    "make_tiling",
+]
+
+KINDS = ("token", "frame", "packed")
+Range = tuple[int, int]  # [start, stop) of key rows
+
+# The cost model, in units of one query row by one key column of matrix product.
+ROW_OVERHEAD = 6  # loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
+TILE_OVERHEAD = 32  # columns' worth of work to load a tile's queries and store its output
+TESTED_WEIGHT = 1.15  # of a column whose visibility is tested row by row
+PATTERN_WEIGHT = 1.5  # of a column whose bits are read
+DIAGONAL_COLUMNS = 4  # columns' worth of work of one row-wise product
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a tile and columns of one step of its loop."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class KeyList:
+    """What each query of a frame sees: disjoint, in ascending order, key rows of the sequence (prefix included).
+
+    Attributes:
+        ranges: `[start, stop)` of keys that are seen whole.
+        diagonals: first key row of each frame in which a query sees its own position alone.
+        patterns: `(palette index, first key row, columns)` of runs of frames seen through one explicit pattern.
+    """
+
+    ranges: tuple[Range, ...] = ()
+    diagonals: tuple[int, ...] = ()
+    patterns: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether a few integers say which keys a row sees, so that it may share a tile with other frames' rows."""
+        return not self.patterns and len(self.ranges) <= 2
+
+    @property
+    def intervals(self) -> tuple[int, int, int, int]:
+        """`(start, hole start, hole stop, stop)`: the ranges of a simple list as one range with a hole."""
+        if not self.ranges:
+            return (0, 0, 0, 0)
+        (start, middle), (resume, stop) = self.ranges[0], self.ranges[-1]
+        return (start, middle, resume, stop) if len(self.ranges) == 2 else (start, stop, stop, stop)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loop over `length` columns; column `c` is key row `start + c + hole * (c >= hole_at)`."""
+
+    start: int
+    length: int
+    hole_at: int
+    hole: int
+    pattern: int = -1
+
+    def part(self, first: int, last: int) -> Run:
+        """The columns `[first, last)` as a run of their own."""
+        if first >= self.hole_at:
+            return Run(self.start + self.hole + first, last - first, last - first, 0, self.pattern)
+        if last <= self.hole_at:
+            return Run(self.start + first, last - first, last - first, 0, self.pattern)
+        return Run(self.start + first, last - first, self.hole_at - first, self.hole, self.pattern)
+
+    def columns(self, key_range: Range) -> list[Range]:
+        """The columns that show keys of the range."""
+        pieces = ((self.start, 0, self.hole_at), (self.start + self.hole, self.hole_at, self.length))
+        spans = [(max(a, key_range[0] - shift), min(b, key_range[1] - shift)) for shift, a, b in pieces]
+        return _merged(span for span in spans if span[0] < span[1])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows that one program takes, and its loops.
+
+    Attributes:
+        rows: runs of rows of the sequence, `(first, count)`.
+        plain: runs that all of its rows see whole.
+        tested: runs of which each row sees its own intervals.
+        patterns: runs read through an explicit pattern.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    plain: tuple[Run, ...]
+    tested: tuple[Run, ...]
+    patterns: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """All tiles of a mask, those with most work first (of a causal mask, the late frames)."""
+
+    kind: str
+    blocks: Blocks
+    tiles: tuple[Tile, ...]
+
+    @property
+    def visits(self) -> int:
+        """Number of (rows x columns) blocks that are computed."""
+        return sum(_visits(runs, self.blocks.columns) for t in self.tiles for runs in (t.plain, t.tested, t.patterns))
+
+
+def dense_visits(mask: KronMask, blocks: Blocks) -> int:
+    """Blocks of a dense grid that starts at token 0: what attention without a mask visits."""
+    rows, columns = mask.shape
+    return -(-rows // blocks.rows) * -(-columns // blocks.columns)
+
+
+@lru_cache(maxsize=256)
+def key_lists(mask: KronMask) -> tuple[KeyList, ...]:
+    """The key list of each query frame, and last, if there is a prefix, that of its tokens."""
+    size, prefix = mask.key_tokens, mask.prefix
+    lists = []
+    for row in mask.codes:
+        ranges: list[list[int]] = [[0, prefix]] if prefix else []
+        diagonals, patterns = [], []
+        frame, number = 0, len(row)
+        while frame < number:
+            code, first = row[frame], frame
+            while frame < number and row[frame] == code:
+                frame += 1
+            start, stop = prefix + first * size, prefix + frame * size
+            if code == FULL:
+                if ranges and ranges[-1][1] == start:
+                    ranges[-1][1] = stop
+                else:
+                    ranges.append([start, stop])
+            elif code == IDENTITY:
+                diagonals += range(start, stop, size)
+            elif code >= FIRST_PATTERN:
+                patterns.append((code - FIRST_PATTERN, start, stop - start))
+        lists.append(KeyList(tuple((a, b) for a, b in ranges), tuple(diagonals), tuple(patterns)))
+    if prefix:
+        lists.append(KeyList(((0, mask.shape[1]),)))
+    return tuple(lists)
+
+
+# ---- layouts of rows ------------------------------------------------------------------------------------------------
+
+Layout = list[tuple[tuple[tuple[int, int], ...], tuple[int, ...]]]  # for each tile its runs of rows and its key lists
+
+
+@lru_cache(maxsize=1024)
+def _layout(mask: KronMask, rows: int, kind: str) -> Layout:
+    """Tiles of at most `rows` rows. Rows share a tile if their key lists are equal, or simple."""
+    lists = key_lists(mask)
+    first_like: dict[tuple, int] = {}
+    order = sorted(
+        range(len(lists)), key=lambda i: first_like.setdefault((lists[i].ranges, lists[i].patterns), len(first_like))
+    )
+    spans = []  # (key list, first row, rows), in the order in which tiles are filled
+    tiles: Layout = []
+    for i in order:
+        first, count = (mask.prefix + i * mask.query_tokens, mask.query_tokens) if i < len(mask.codes) else (0, mask.prefix)
+        whole = count // rows * rows if kind == "packed" else 0
+        tiles += [(((first + start, rows),), (i,)) for start in range(0, whole, rows)]
+        if count > whole:
+            spans.append((i, first + whole, count - whole))
+
+    pending: list[tuple[int, int]] = []
+    members: list[int] = []
+    room = rows
+
+    def close() -> None:
+        nonlocal room
+        if pending:
+            tiles.append((tuple(pending), tuple(members)))
+        pending.clear()
+        members.clear()
+        room = rows
+
+    for i, first, count in spans:
+        if members and (kind == "frame" or not _compatible(lists[members[-1]], lists[i])):
+            close()
+        while count:
+            taken = min(room, count)
+            pending.append((first, taken))
+            members.append(i)
+            first, count, room = first + taken, count - taken, room - taken
+            if not room:
+                close()
+    close()
+    return tiles
+
+
+def _compatible(a: KeyList, b: KeyList) -> bool:
+    return (a.is_simple and b.is_simple) or (a.ranges, a.patterns) == (b.ranges, b.patterns)
+
+
+# ---- runs of keys ---------------------------------------------------------------------------------------------------
+
+
+def _runs(lists: Sequence[KeyList], columns: int) -> tuple[tuple[Run, ...], ...]:
+    """The plain, tested and pattern runs of a tile with rows of these key lists."""
+    union = _holed(_union(lists))
+    if _is_pure(lists):
+        patterns = tuple(Run(start, length, length, 0, pattern) for pattern, start, length in lists[0].patterns)
+        return union, (), patterns
+    common = list(lists[0].ranges)
+    for other in lists[1:]:
+        common = _intersection(common, other.ranges)
+    plain: list[Run] = []
+    tested: list[Run] = []
+    for run in union:
+        shared = _merged(span for key_range in common for span in run.columns(key_range))
+        # whole blocks that every row sees; the last block of the run counts although it is short
+        blocks = [(-(-a // columns) * columns, b if b == run.length else b // columns * columns) for a, b in shared]
+        blocks = [(a, b) for a, b in blocks if a < b]
+        plain += _joined([run.part(a, b) for a, b in blocks])
+        at = 0
+        for a, b in [*blocks, (run.length, run.length)]:
+            if at < a:
+                tested.append(run.part(at, a))
+            at = b
+    return tuple(plain), tuple(tested), ()
+
+
+def _is_pure(lists: Sequence[KeyList]) -> bool:
+    """Whether all rows of a tile see the same keys, diagonals apart (each row has its own)."""
+    first = lists[0]
+    return all(keys.ranges == first.ranges and keys.patterns == first.patterns for keys in lists[1:])
+
+
+def _union(lists: Sequence[KeyList]) -> list[Range]:
+    return _merged(key_range for keys in lists for key_range in keys.ranges)
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    merged: list[Range] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _intersection(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
+    spans = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
+    return sorted(span for span in spans if span[0] < span[1])
+
+
+def _holed(ranges: Sequence[Range]) -> tuple[Run, ...]:
+    """Ranges, two at a time, as runs with a hole."""
+    runs = []
+    for i in range(0, len(ranges), 2):
+        (start, middle), (resume, stop) = ranges[i], ranges[min(i + 1, len(ranges) - 1)]
+        if i + 1 < len(ranges):
+            runs.append(Run(start, middle - start + stop - resume, middle - start, resume - middle))
+        else:
+            runs.append(Run(start, middle - start, middle - start, 0))
+    return tuple(runs)
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """Pairs of neighbouring runs without holes as one run with a hole; the first of a pair must be whole blocks (they are)."""
+    joined: list[Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last is not None and not last.hole and not run.hole:
+            joined[-1] = Run(last.start, last.length + run.length, last.length, run.start - last.start - last.length)
+        else:
+            joined.append(run)
+    return joined
+
+
+def _visits(runs: Iterable[Run], columns: int) -> int:
+    return sum(-(-run.length // columns) for run in runs)
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------
+
+
+def _cost(mask: KronMask, blocks: Blocks, kind: str) -> float:
+    """Estimated work of a tiling, without building it."""
+    every = key_lists(mask)
+    columns: dict[tuple[int, ...], float] = {}
+    total = 0.0
+    for _, members in _layout(mask, blocks.rows, kind):
+        if members not in columns:
+            lists = [every[i] for i in members]
+            weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
+            seen = weight * blocks.columns * _visits(_holed(_union(lists)), blocks.columns)
+            steps = sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
+            seen += PATTERN_WEIGHT * blocks.columns * steps
+            seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
+            columns[members] = seen + TILE_OVERHEAD
+        total += columns[members]
+    return total * (blocks.rows + ROW_OVERHEAD)
+
+
+@lru_cache(maxsize=1024)
+def choose_tiling(mask: KronMask, candidates: tuple[Blocks, ...]) -> tuple[str, Blocks]:
+    """The layout and blocks of least estimated cost; the first of equals."""
+    options = [(kind, blocks) for blocks in candidates for kind in KINDS]
+    return min(options, key=lambda option: _cost(mask, option[1], option[0]))
+
+
+@lru_cache(maxsize=256)
+def make_tiling(mask: KronMask, blocks: Blocks, kind: str) -> Tiling:
+    """The tiles of a mask under one layout; they cover each query row once and each allowed pair once."""
+    lists, layout = key_lists(mask), _layout(mask, blocks.rows, kind)
+    runs = {members: _runs([lists[i] for i in members], blocks.columns) for members in {m for _, m in layout}}
+    visits = {members: sum(_visits(group, blocks.columns) for group in groups) for members, groups in runs.items()}
+    layout = sorted(layout, key=lambda tile: -visits[tile[1]])
+    return Tiling(kind, blocks, tuple(Tile(rows, *runs[members]) for rows, members in layout))
+
+
+# ---- tables for a kernel --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileTables:
+    """A tiling as the small tables that a kernel reads; int32, on the device.
+
+    Attributes:
+        rows: `(tiles * BM)`, the row of the sequence, or -1.
+        tiles: `(tiles * 4)`, where the tile's plain, tested and pattern runs begin, and where they end.
+        runs: `(runs * 5)`: start, length, hole_at, hole, pattern.
+        intervals: `(lists * 4)`: start, hole start, hole stop and stop of what the rows of a key list see.
+        diagonals: `(lists * num_diagonals)`: first key row of each diagonal's frame, or -1.
+        patterns: `(patterns, Nq, Nk)` uint8.
+        holes, tested, read_patterns: whether any run needs that code.
+    """
+
+    blocks: Blocks
+    num_tiles: int
+    num_diagonals: int
+    holes: bool
+    tested: bool
+    read_patterns: bool
+    rows: Tensor
+    tiles: Tensor
+    runs: Tensor
+    intervals: Tensor
+    diagonals: Tensor
+    patterns: Tensor
+
+
+@lru_cache(maxsize=256)
+def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device) -> TileTables:
+    """The tables of a mask under one layout, made once for each device: O(L) ints and the explicit patterns, nothing else."""
+    tiling = make_tiling(mask, blocks, kind)
+    rows, tiles, runs = array("i"), array("i"), array("i")
+    for tile in tiling.tiles:
+        filled = 0
+        for first, count in tile.rows:
+            rows.extend(range(first, first + count))
+            filled += count
+        rows.extend([-1] * (blocks.rows - filled))
+        tiles.append(len(runs) // 5)
+        for group in (tile.plain, tile.tested, tile.patterns):
+            for run in group:
+                runs.extend((run.start, run.length, run.hole_at, run.hole, run.pattern))
+            tiles.append(len(runs) // 5)
+    lists = key_lists(mask)
+    number = max(len(keys.diagonals) for keys in lists)
+    diagonals = array("i")
+    for keys in lists:
+        diagonals.extend(keys.diagonals)
+        diagonals.extend([-1] * (number - len(keys.diagonals)))
+    intervals = array("i", [bound for keys in lists for bound in keys.intervals])
+    palette = [mask.factor(FIRST_PATTERN + i) for i in range(len(mask.palette))]
+    patterns = torch.stack(palette).to(torch.uint8) if palette else torch.zeros(1, 1, 1, dtype=torch.uint8)
+
+    def table(values: array) -> Tensor:
+        if not values:  # a pointer to nothing is no argument
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.frombuffer(values, dtype=torch.int32).clone().to(device)
+
+    return TileTables(
+        blocks=blocks,
+        num_tiles=len(tiling.tiles),
+        num_diagonals=number,
+        holes=any(run.hole for tile in tiling.tiles for group in (tile.plain, tile.tested) for run in group),
+        tested=any(tile.tested for tile in tiling.tiles),
+        read_patterns=any(tile.patterns for tile in tiling.tiles),
+        rows=table(rows),
+        tiles=table(tiles),
+        runs=table(runs),
+        intervals=table(intervals),
+        diagonals=table(diagonals),
+        patterns=patterns.to(device),
+    )

@@ -1,0 +1,153 @@
+"""Tiles cover each query row once and each allowed pair once, and visit little more than the mask's area."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import kron_masks
+
+from kronmask import masks
+from kronmask.kernels import tiles
+from kronmask.kernels.tiles import KINDS, Blocks, choose_tiling, dense_visits, key_lists, make_tables, make_tiling
+
+BLOCKS = (Blocks(128, 64), Blocks(64, 64))
+
+
+def coverage(mask, tiling):
+    """How often each pair is computed, `(Lq, Lk)`; and how often each row is taken, `(Lq)`."""
+    visits = torch.zeros(mask.shape, dtype=torch.int)
+    taken = torch.zeros(mask.shape[0], dtype=torch.int)
+    lists = key_lists(mask)
+    for tile in tiling.tiles:
+        rows = torch.cat([torch.arange(first, first + count) for first, count in tile.rows])
+        assert len(rows) <= tiling.blocks.rows
+        taken[rows] += 1
+        frames = torch.where(
+            rows < mask.prefix, mask.query_frames, (rows - mask.prefix).div(mask.query_tokens, rounding_mode="floor")
+        )
+        within = (rows - mask.prefix) % mask.query_tokens
+        for runs in (tile.plain, tile.tested, tile.patterns):
+            for run in runs:
+                columns = torch.arange(run.length)
+                keys = run.start + columns + run.hole * (columns >= run.hole_at)
+                seen = torch.ones(len(rows), run.length, dtype=torch.int)
+                if runs is tile.tested:
+                    start, hole, resume, stop = torch.tensor([lists[f].intervals for f in frames]).T[..., None]
+                    seen = ((keys >= start) & (keys < stop) & ~((keys >= hole) & (keys < resume))).int()
+                if runs is tile.patterns:
+                    seen = mask.factor(3 + run.pattern).int()[within][:, columns % mask.key_tokens]
+                visits[rows[:, None], keys] += seen
+        for row, frame, position in zip(rows.tolist(), frames.tolist(), within.tolist(), strict=True):
+            for start in lists[frame].diagonals:
+                visits[row, start + position] += 1
+    return visits, taken
+
+
+@given(
+    mask=kron_masks(frames=(1, 6), tokens=(1, 7)),
+    kind=st.sampled_from(KINDS),
+    blocks=st.builds(Blocks, st.integers(1, 9), st.integers(1, 9)),
+)
+def test_each_allowed_pair_is_computed_once_and_no_other(mask, kind, blocks):
+    visits, taken = coverage(mask, make_tiling(mask, blocks, kind))
+    assert torch.equal(visits, mask.dense().int())
+    assert (taken == 1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", masks.NAMES)
+def test_named_masks_are_covered(name, kind, prefix, transposed):
+    mask = masks.NAMES[name](6, 10, prefix=prefix)
+    mask = mask.T if transposed else mask
+    visits, taken = coverage(mask, make_tiling(mask, Blocks(8, 8), kind))
+    assert torch.equal(visits, mask.dense().int())
+    assert (taken == 1).all()
+
+
+def relative_visits(mask, candidates=BLOCKS):
+    kind, blocks = choose_tiling(mask, candidates)
+    return make_tiling(mask, blocks, kind).visits / dense_visits(mask, blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "most"),
+    [
+        ("kmt", 197, 0.92),
+        ("kmct", 197, 0.48),
+        ("kmt", 257, 0.89),
+        ("kmct", 257, 0.47),
+        ("kmt", 50, 1.0),
+        ("kmct", 50, 1.0),
+        ("kmt", 256, 0.875),
+        ("kmct", 256, 0.438),
+        ("joint", 197, 1.0),
+        ("spatial", 197, 0.35),
+        ("temporal", 197, 0.0),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_visited_relative_to_a_dense_grid(name, tokens, most, transposed):
+    mask = masks.NAMES[name](8, tokens)
+    assert relative_visits(mask.T if transposed else mask) <= most
+
+
+@pytest.mark.parametrize("name", masks.NAMES)
+@pytest.mark.parametrize("frames", [1, 2, 8, 16, 32])
+def test_no_mask_of_50_tokens_visits_more_than_the_dense_grid(name, frames):
+    if name == "neighborhood":
+        pytest.skip("it visits each block once, with bits")
+    assert relative_visits(masks.NAMES[name](frames, 50)) <= 1.0
+
+
+def test_the_numbers_of_the_design():
+    """Counts by hand: frame-aligned tiles alone are slower than dense, packing the remainders is what helps."""
+    tall, square = BLOCKS
+
+    def visits(name, tokens, blocks, kind):
+        mask = masks.NAMES[name](8, tokens)
+        return make_tiling(mask, blocks, kind).visits / dense_visits(mask, blocks)
+
+    assert visits("kmt", 197, tall, "packed") == pytest.approx(0.917, abs=5e-4)
+    assert visits("kmt", 197, square, "packed") == pytest.approx(0.885, abs=5e-4)
+    assert visits("kmct", 197, square, "packed") == pytest.approx(0.472, abs=5e-4)
+    assert visits("kmt", 197, tall, "frame") > 1.08
+    assert visits("kmt", 257, tall, "frame") > 1.2
+
+
+def test_late_frames_come_first():
+    tiling = make_tiling(masks.kmct(8, 256), Blocks(128, 64), "packed")
+    assert [tile.rows[0][0] // 256 for tile in tiling.tiles] == sorted([*range(8), *range(8)], reverse=True)
+
+
+def test_the_transpose_of_kmct_is_one_range_for_each_frame():
+    lists = key_lists(masks.kmct(8, 197).T)
+    assert [keys.ranges for keys in lists[:-1]] == [(((t + 1) * 197, 8 * 197),) for t in range(7)]
+    assert all(len(keys.diagonals) == 1 for keys in lists)
+
+
+def test_kmt_is_one_run_with_a_hole():
+    tiling = make_tiling(masks.kmt(8, 256), Blocks(128, 64), "packed")
+    assert all(len(tile.plain) == 1 and not tile.tested for tile in tiling.tiles)
+
+
+@pytest.mark.parametrize("name", ["kmt", "kmct", "temporal", "axial"])
+def test_tables_are_made_in_milliseconds_and_kept(name):
+    make_tables(masks.kmt(2, 5), Blocks(64, 64), "packed", torch.device("cpu"))
+    took = []
+    for _ in range(3):
+        for function in (key_lists, tiles._layout):
+            function.cache_clear()
+        for function in (choose_tiling, make_tiling, make_tables):
+            function.cache_clear()
+        mask = masks.NAMES[name](32, 577)
+        begin = time.perf_counter()
+        kind, blocks = choose_tiling(mask, BLOCKS)
+        tables = make_tables(mask, blocks, kind, torch.device("cpu"))
+        took.append(time.perf_counter() - begin)
+    assert min(took) < 5e-3
+    assert make_tables(masks.NAMES[name](32, 577), blocks, kind, torch.device("cpu")) is tables
+    assert max(t.numel() for t in (tables.rows, tables.runs, tables.diagonals, tables.patterns)) <= 32 * 577 + 128 * 32
