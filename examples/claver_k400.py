@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--num-train", type=int, default=800, help="training videos")
         command.add_argument("--num-test", type=int, default=240, help="held-out videos")
-        command.add_argument("--epochs", type=int, default=24)
+        command.add_argument("--epochs", type=int, default=20)
     parser.set_defaults(run=run_demo)
 
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import multiprocessing
+import os
 import platform
+import shlex
+import shutil
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import kronmask
 from kronmask import masks
 
 from .augment import AugmentConfig
-from .checkpoint import save_checkpoint
 from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
 from .data import read_labels, read_list
 from .evaluate import Evaluation
@@ -23,7 +30,7 @@ from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 from .motions import MOTIONS, MotionDataset, write_motion_dataset
 from .prompts import OBJECT_TEMPLATES
 from .sampling import segment_indices
-from .train import Run, prompts_of, run_evaluation, train
+from .train import run_evaluation, train
 from .video import read_frames
 
 __all__ = ["demo", "demo_config"]
@@ -52,6 +59,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
         model=ModelConfig(
             name="CLIP-motion-64",
             pretrained=None,
+            quick_gelu=False,
             embed_dim=64,
             vision={"layers": 2, "width": WIDTH, "head_width": 32, "patch_size": 16, "image_size": SIZE},
             text={"context_length": 24, "width": 64, "heads": 2, "layers": 1},
@@ -62,7 +70,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
             position_std=1.0,
             temporal_std=0.5,
-            token_std=0.5,
+            token_std=0.1,
             logit_scale=30.0,
         ),
         # left and right must not be mirrored, a mixed clip would move both ways, and the frames fill the model's input
@@ -72,7 +80,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
         train=TrainConfig(
             epochs=epochs,
             batch_size=32,
-            lr=1.5e-3,
+            lr=7e-4,
             temporal_lr_mult=1,
             warmup_epochs=2,
             weight_decay=0.02,
@@ -85,7 +93,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
 
 
 def demo(
-    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 24
+    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 20
 ) -> dict[str, Any]:
     """Write videos, train both models, evaluate them multi-view, draw, and print where everything is.
 
@@ -99,17 +107,19 @@ def demo(
     dataset = write_motion_dataset(folder / "data", num_train=num_train, num_test=num_test, size=SIZE, seed=seed)
     classes = read_labels(dataset.labels)
 
-    runs, evaluations = {}, {}
-    for part, temporal in ((2, True), (3, False)):
-        name = "KMCT" if temporal else "frame average"
-        print(f"{part}/4  training {'with' if temporal else 'without'} temporal attention ({name})")
-        config = demo_config(folder, dataset, temporal=temporal, seed=seed, epochs=epochs)
-        runs[name] = train(config, progress=name)
-        evaluations[name] = run_evaluation(config, runs[name].model, runs[name].tokens)
-        if temporal:
-            save_checkpoint(folder / "claver.pt", runs[name].model, config, classes, prompts_of(config, classes))
+    print("2/3  training with temporal attention (KMCT) and without (frame average), side by side")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, initializer=tqdm.set_lock, initargs=(context.RLock(),)) as pool:
+        futures = {}
+        for position, name in enumerate(("KMCT", "frame average")):
+            config = demo_config(folder, dataset, temporal=name == "KMCT", seed=seed, epochs=epochs)
+            futures[name] = pool.submit(_train_and_evaluate, config, name, position)
+        histories, evaluations = {}, {}
+        for name, future in futures.items():
+            histories[name], evaluations[name] = future.result()
+    shutil.copyfile(folder / "kmct" / "last.pt", folder / "claver.pt")
 
-    print("4/4  drawing")
+    print("3/3  drawing")
     results = {
         "top1": evaluations["KMCT"].top(1),
         "top5": evaluations["KMCT"].top(5),
@@ -121,16 +131,30 @@ def demo(
         "num_test": num_test,
         "seconds": round(time.perf_counter() - start, 1),
         "seed": seed,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": _gpu()},
         "versions": {"kronmask": kronmask.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    pictures = _draw(folder, dataset, classes, runs, evaluations)
+    pictures = _draw(folder, dataset, classes, histories, evaluations)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _report(folder, results, pictures)
     return results
 
 
+def _train_and_evaluate(config: Config, name: str, position: int) -> tuple[list[dict[str, Any]], Evaluation]:
+    """One model's history and evaluation, on one thread: the same numbers on any number of cores."""
+    torch.set_num_threads(1)
+    run = train(config, overwrite=True, progress=name, bar_position=position)
+    return run.history, run_evaluation(config, run.model, run.tokens)
+
+
 def _draw(
-    folder: Path, dataset: MotionDataset, classes: list[str], runs: dict[str, Run], evaluations: dict[str, Evaluation]
+    folder: Path,
+    dataset: MotionDataset,
+    classes: list[str],
+    histories: dict[str, list[dict[str, Any]]],
+    evaluations: dict[str, Evaluation],
 ) -> list[Path]:
     import matplotlib as mpl
 
@@ -160,7 +184,7 @@ def _draw(
         title="Held-out clips, KMCT",
     )
     plot_confusion({name: e.confusion().numpy() for name, e in evaluations.items()}, classes, confusion)
-    plot_curves({name: run.history for name, run in runs.items()}, curves)
+    plot_curves(histories, curves)
     plot_results({name: e.top(1) for name, e in evaluations.items()}, accuracy, chance=1 / len(classes))
     return pictures
 
@@ -175,6 +199,19 @@ def _film(path: str) -> Tensor:
 def _likeliest(probabilities: Tensor, classes: list[str], k: int = 3) -> list[tuple[str, float]]:
     top = probabilities.topk(k)
     return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _report(folder: Path, results: dict[str, Any], pictures: list[Path]) -> None:

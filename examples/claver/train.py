@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -69,21 +70,29 @@ def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
     return tokenize(prompts, context_length=model.clip.context_length)
 
 
-def train(config: Config, *, resume: bool = False, progress: str = "training") -> Run:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: str = "training",
+    bar_position: int | None = None,
+) -> Run:
     """Train and evaluate; writes `config.json`, `history.jsonl`, `last.pt` and `best.pt` into `config.run_dir`.
 
     What a step does is a function of the configuration and the step, so a run that is resumed ends as if it never stopped.
 
     Raises:
         DatasetError: lists or files that are missing or broken, all of them named.
-        ValueError: a configuration that does not fit together, or a run folder that holds another run.
+        ValueError: a configuration that does not fit together, or a run folder that holds a run and neither `resume` nor
+            `overwrite`.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate
-    )
+    accelerator = _processes(config)
     say = accelerator.print
     folder = Path(config.run_dir)
     settings, data = config.train, config.data
+    if (folder / "last.pt").exists() and not (resume or overwrite):
+        raise ValueError(f"{folder} holds a run already; go on with it (--resume), or choose another run_dir")
     shares = accelerator.num_processes * settings.accumulate
     if settings.batch_size % shares:
         raise ValueError(
@@ -144,6 +153,7 @@ def train(config: Config, *, resume: bool = False, progress: str = "training") -
         total=total,
         initial=first_epoch * steps_per_epoch,
         desc=progress,
+        position=bar_position,
         unit="step",
         disable=not accelerator.is_main_process,
     )
@@ -188,7 +198,7 @@ def train(config: Config, *, resume: bool = False, progress: str = "training") -
             top1 = evaluate(trained, middle, tokens, accelerator, progress=None).top(1)
             history.append({"step": (epoch + 1) * steps_per_epoch, "top1": top1})
             bar.write(
-                f"epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
+                f"{progress}, epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
             )
             improved = top1 > best
             best = max(best, top1)
@@ -209,11 +219,17 @@ def train(config: Config, *, resume: bool = False, progress: str = "training") -
 
 def run_evaluation(config: Config, model: Claver, tokens: Tensor) -> Evaluation:
     """Evaluate a model multi-view on the test list of a configuration."""
-    accelerator = Accelerator(mixed_precision=config.train.precision)
+    accelerator = _processes(config)
     samples = read_list(config.data.test_list, config.data.root, tokens.shape[1])
     check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
     return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
+
+
+def _processes(config: Config) -> Accelerator:
+    """Accelerate's view of the processes; its state is global, and another run in this process may have had another precision."""
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate)
 
 
 def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator, *, clips: int, crops: int) -> Any:

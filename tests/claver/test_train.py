@@ -63,6 +63,8 @@ def test_a_run_leaves_its_configuration_history_and_checkpoints_in_its_folder_al
     run = train(config)
     new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and path not in before}
     assert new == {"run/config.json", "run/history.jsonl", "run/last.pt", "run/best.pt"}
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config)
     records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert records == run.history
     assert {"step", "loss", "lr"} <= records[0].keys()
