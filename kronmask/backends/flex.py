@@ -55,21 +55,23 @@ def backward(
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    from torch.nn.attention import flex_attention as flex
 
+    # torch 2.9 asks for the LSE in another way than those before it
+    with_aux = hasattr(flex, "AuxRequest")
     arguments: dict[str, Any] = {
         "block_mask": _block_mask(mask, query.device),
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "return_aux": AuxRequest(lse=True),
+        **({"return_aux": flex.AuxRequest(lse=True)} if with_aux else {"return_lse": True}),
     }
     if query.device.type == "cpu":
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            output, auxiliary = flex_attention(query, key, value, **arguments)
+            output, extra = flex.flex_attention(query, key, value, **arguments)
     else:
-        output, auxiliary = _compiled()(query, key, value, **arguments)
-    return output, auxiliary.lse
+        output, extra = _compiled()(query, key, value, **arguments)
+    return output, extra.lse if with_aux else extra
 
 
 @lru_cache(maxsize=64)
