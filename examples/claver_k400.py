@@ -6,6 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from claver.config import Config
+    from claver.evaluate import Evaluation
+    from claver.model import Claver
 
 CONFIGS = Path(__file__).parent / "claver" / "configs"
 DEMO_CHECKPOINT = "runs/demo/claver.pt"
@@ -35,36 +41,28 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_train(options: argparse.Namespace) -> int:
+    from claver.checkpoint import load_model
     from claver.train import run_evaluation, train
 
     config = _config(options)
     run = train(config, resume=options.resume)
-    from claver.checkpoint import load_model
-
     model, content = load_model(run.folder / "best.pt")
-    print(f"evaluating best.pt, of epoch {content['epoch']}")
-    _print_evaluation(config.run_dir, run_evaluation(config, model, run.tokens))
+    _print_evaluation(run_evaluation(config, model, run.tokens), f"best.pt, of epoch {content['epoch']}", run.folder)
     return 0
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    from claver.checkpoint import load_model
-    from claver.config import from_dict
     from claver.data import read_labels
     from claver.train import prompts_of, run_evaluation, tokens_of
 
-    config = _config(options) if options.config else None
-    model, content = load_model(options.checkpoint, config)
-    config = config or from_dict(content["config"], options.checkpoint)
+    model, content, config = _load(options)
     prompts = content.get("prompts") or prompts_of(config, read_labels(config.data.labels))
-    _print_evaluation(None, run_evaluation(config, model, tokens_of(prompts, model)))
+    _print_evaluation(run_evaluation(config, model, tokens_of(prompts, model)), options.checkpoint)
     return 0
 
 
 def run_predict(options: argparse.Namespace) -> int:
     import torch
-    from claver.checkpoint import load_model
-    from claver.config import from_dict
     from claver.data import read_labels
     from claver.evaluate import predict_files
     from claver.prompts import build_prompts
@@ -72,9 +70,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
     if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
         raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first, or pass --checkpoint")
-    config = _config(options) if options.config else None
-    model, content = load_model(options.checkpoint, config)
-    config = config or from_dict(content["config"], options.checkpoint)
+    model, content, config = _load(options)
     if options.labels:
         classes = read_labels(options.labels)
         prompts = build_prompts(classes, config.data.templates) if config.data.templates else build_prompts(classes)
@@ -102,7 +98,7 @@ def run_predict(options: argparse.Namespace) -> int:
     return int(any(isinstance(result, str) for result in results))
 
 
-def _config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _config(options: argparse.Namespace) -> Config:
     from claver.config import load_config
 
     overrides = list(options.set or [])
@@ -112,11 +108,31 @@ def _config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     return load_config(named if named.exists() else options.config, overrides)
 
 
-def _print_evaluation(run_dir: str | None, evaluation) -> None:  # type: ignore[no-untyped-def]
-    result = {"top1": evaluation.top(1), "top5": evaluation.top(5), "videos": len(evaluation.labels)}
-    print(json.dumps(result))
-    if run_dir:
-        (Path(run_dir) / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+def _load(options: argparse.Namespace) -> tuple[Claver, dict[str, Any], Config]:
+    """The model of `--checkpoint`, what else is in it, and its configuration or that of `--config`, with `--set` applied."""
+    from claver.checkpoint import load_model
+    from claver.config import from_dict, override
+
+    config = _config(options) if options.config else None
+    model, content = load_model(options.checkpoint, config)
+    if config is None:
+        config = from_dict(override(content["config"], options.set or []), options.checkpoint)
+    return model, content, config
+
+
+def _print_evaluation(evaluation: Evaluation, what: str, folder: Path | None = None) -> None:
+    from accelerate import PartialState
+
+    result = {
+        "checkpoint": what,
+        "top1": evaluation.top(1),
+        "top5": evaluation.top(5),
+        "videos": len(evaluation.labels),
+    }
+    if PartialState().is_main_process:
+        print(json.dumps(result))
+        if folder:
+            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,18 +148,22 @@ def _parser() -> argparse.ArgumentParser:
 
     for command, run in ((demo, run_demo), (train, run_train), (evaluate, run_eval), (predict, run_predict)):
         command.set_defaults(run=run)
-    for command in (parser, demo):
-        command.add_argument("--run-dir", default="runs/demo", help="folder for everything it writes")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--num-train", type=int, default=800, help="training videos")
-        command.add_argument("--num-test", type=int, default=240, help="held-out videos")
-        command.add_argument("--epochs", type=int, default=20)
+    for command in (parser, demo):  # a default of the second would overwrite what the first was given
+        defaults = {"run_dir": "runs/demo", "seed": 0, "num_train": 800, "num_test": 240, "epochs": 20}
+        unless = (lambda name, values=defaults: values[name]) if command is parser else (lambda name: argparse.SUPPRESS)
+        command.add_argument("--run-dir", default=unless("run_dir"), help="folder for everything it writes")
+        command.add_argument("--seed", type=int, default=unless("seed"))
+        command.add_argument("--num-train", type=int, default=unless("num_train"), help="training videos")
+        command.add_argument("--num-test", type=int, default=unless("num_test"), help="held-out videos")
+        command.add_argument("--epochs", type=int, default=unless("epochs"))
     parser.set_defaults(run=run_demo)
 
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     for command, needed in ((train, True), (evaluate, False), (predict, False)):
         command.add_argument("--config", required=needed, help=f"a YAML file, or one of {known}")
-        command.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="change the configuration")
+        command.add_argument(
+            "--set", action="extend", nargs="+", metavar="SECTION.KEY=VALUE", help="change the configuration"
+        )
     train.add_argument("--run-dir", help="folder for everything it writes")
     train.add_argument("--resume", action="store_true", help="go on from last.pt in the run folder")
     evaluate.add_argument("--checkpoint", required=True, help="of this program, or an official one (with --config)")

@@ -69,7 +69,7 @@ def kron_attention(
         mask: of shape `(Lq, Lk)`.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp), "flex" (FlexAttention),
-            "triton" (the fused kernel), "dense" (the plain reference), or "auto".
+            "dense" (the plain reference), or "auto".
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -80,6 +80,8 @@ def kron_attention(
         TypeError: `mask` is no `KronMask`, or the dtypes do not agree.
         ValueError: shapes or devices that do not fit, or an unknown backend.
         NotImplementedError: what the backend cannot do; the message names one that can.
+
+    There is no second derivative and no forward-mode or `vmap` rule. Masks are best built outside of a compiled region.
     """
     if not isinstance(mask, KronMask):
         raise TypeError(f"mask must be a KronMask, not {type(mask).__name__}; see kronmask.masks and kronmask.kron")
@@ -220,6 +222,8 @@ def _attention_backward_op(
     mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
+    if grad_lse is not None:  # of a query that sees no key: 0, whatever a merge by logaddexp hands back for -inf
+        grad_lse = grad_lse.masked_fill(lse.isneginf(), 0.0)
     module = backends.get(backend, query, key, mask)
     return module.backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -344,19 +345,19 @@ def ones(rows: int, columns: int | None = None) -> Tensor:
 
 def _pair(value: int | tuple[int, int], name: str, minimum: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in pair):
+    if len(pair) != 2 or any(isinstance(v, bool) or not hasattr(v, "__index__") or v < minimum for v in pair):
         raise ValueError(f"{name} must be an int of at least {minimum}, or a (query, key) pair of them, not {value!r}")
-    return pair
+    return index(pair[0]), index(pair[1])
 
 
 def _canonical_factors(palette: Sequence[Any], query_tokens: int, key_tokens: int) -> list[bytes | int]:
     """Each pattern as bytes, or as the code that it equals."""
     factors: list[bytes | int] = []
-    for index, pattern in enumerate(palette):
+    for number, pattern in enumerate(palette):
         tensor = torch.as_tensor(pattern)
         if tensor.dtype != torch.bool or tuple(tensor.shape) != (query_tokens, key_tokens):
             raise ValueError(
-                f"palette[{index}] must be boolean ({query_tokens}, {key_tokens}), "
+                f"palette[{number}] must be boolean ({query_tokens}, {key_tokens}), "
                 f"not {tensor.dtype} {tuple(tensor.shape)}"
             )
         tensor = tensor.cpu().contiguous()

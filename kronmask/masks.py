@@ -189,6 +189,6 @@ def _by_distance(frames: int, tokens: int, prefix: int, code: Callable[[int], in
 
 
 def _at_least(value: int, minimum: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < minimum:
         raise ValueError(f"{name} must be an int of at least {minimum}, not {value!r}")
-    return value
+    return index(value)

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronmask import attention_backend, kron_attention, masks
+from kronmask import attention_backend, kron, kron_attention, masks, ones
 from kronmask.attention import rule_attention
 
 
@@ -137,6 +137,39 @@ def test_attention_backend_forces_a_backend_and_ends_with_its_block():
     assert kron_attention(*inputs, mask).dtype == torch.float64
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), attention_backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize("name", ["kmt", "kmct", "axial", "neighborhood"])
+def test_what_is_not_finite_stays_not_finite(name):
+    """A query of NaN, or a key that is seen, must not come out as a number: a run that has diverged would be hidden."""
+    mask = masks.NAMES[name](4, 5)
+    query, key, value = qkv(mask)
+    query[:, :, 12] = float("nan")
+    value[:, :, 3] = float("nan")
+    sdpa, dense = (kron_attention(query, key, value, mask, backend=backend) for backend in ("sdpa", "dense"))
+    assert dense[:, :, 12].isnan().all()
+    assert sdpa[:, :, 12].isnan().all()
+    seen = mask.dense()[:, 3]
+    assert sdpa[:, :, seen].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+def test_a_merge_by_logaddexp_over_rows_that_see_nothing_has_gradients(backend):
+    """Two parts of the keys, merged as a user would: where neither has a key, the gradient of logaddexp is NaN."""
+    empty_row = ones(4)
+    empty_row[1] = False
+    mask = kron(ones(3), empty_row)
+    query, key, value = qkv(mask, requires_grad=True)
+    _, lse = kron_attention(query, key, value, mask, backend=backend, return_lse=True)
+    merged = torch.logaddexp(lse, lse * 1.0)
+    torch.where(merged.isneginf(), 0.0, merged).sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad.isfinite().all()
+
+
+def test_auto_falls_back_to_a_backend_that_can():
+    mask = masks.kmt(3, 5)
+    assert kron_attention(*qkv(mask, dtype=torch.float64), mask).dtype == torch.float64
 
 
 def test_scale_is_a_factor_on_the_scores():

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import claver_k400
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +17,11 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 def test_snippets_run(snippet):
     """As written, but with random weights: there may be no network."""
     exec(snippet.replace('pretrained="openai"', "pretrained=None").replace("pretrained=True", "pretrained=False"), {})
+
+
+@pytest.mark.parametrize("command", re.findall(r"examples/claver_k400.py ((?:.*\\\n)*.*)", README))
+def test_commands_parse(command):
+    claver_k400._parser().parse_args(shlex.split(command.replace("\\\n", " "), comments=True))
 
 
 def test_links_and_pictures_exist():

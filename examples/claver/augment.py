@@ -17,7 +17,6 @@ __all__ = [
     "CLIP_STD",
     "AugmentConfig",
     "crop_views",
-    "denormalize",
     "mixup_cutmix",
     "normalize",
     "resize_short_side",
@@ -53,6 +52,8 @@ class AugmentConfig:
     cutmix: float = 1.0
     switch: float = 0.5
     label_smoothing: float = 0.1
+    mean: tuple[float, ...] = CLIP_MEAN  # of RGB in [0, 1]; the authors' own checkpoints were trained with ImageNet's
+    std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.short_side:
@@ -82,18 +83,19 @@ def train_clip(video: torch.Tensor, config: AugmentConfig, generator: torch.Gene
         video = _colour_jitter(video, generator)
     if _chance(config.grey, generator):
         video = F.rgb_to_grayscale(video, num_output_channels=3)
-    return normalize(video)
+    return normalize(video, config)
 
 
 def crop_views(video: torch.Tensor, config: AugmentConfig, num_crops: int) -> torch.Tensor:
     """Crop frames for testing: uint8 RGB `(T, 3, H, W)` to normalised float32 `(num_crops, T, 3, size, size)`.
 
-    One crop is the centre; three are the two ends and the centre of the longer side, in order.
+    One crop is the centre of frames of `short_side`; three are the two ends and the centre of the longer side of frames whose
+    shorter side is `size`, in order: together they show the whole frame.
     Raises ValueError for any other number.
     """
     if num_crops not in (1, 3):
         raise ValueError(f"num_crops must be 1 (centre) or 3 (along the longer side), got {num_crops}")
-    video = resize_short_side(video, config.short_side)
+    video = resize_short_side(video, config.short_side if num_crops == 1 else config.size)
     free_height, free_width = video.shape[-2] - config.size, video.shape[-1] - config.size
     corners = [(free_height // 2, free_width // 2)]
     if num_crops == 3 and free_width >= free_height:
@@ -101,7 +103,7 @@ def crop_views(video: torch.Tensor, config: AugmentConfig, num_crops: int) -> to
     elif num_crops == 3:
         corners = [(top, free_width // 2) for top in (0, free_height // 2, free_height)]
     crops = [video[..., top : top + config.size, left : left + config.size] for top, left in corners]
-    return normalize(F.to_dtype(torch.stack(crops), torch.float32, scale=True))
+    return normalize(F.to_dtype(torch.stack(crops), torch.float32, scale=True), config)
 
 
 def resize_short_side(video: torch.Tensor, short_side: int) -> torch.Tensor:
@@ -112,15 +114,9 @@ def resize_short_side(video: torch.Tensor, short_side: int) -> torch.Tensor:
     return video if size == [height, width] else F.resize(video, size, antialias=True)
 
 
-def normalize(video: torch.Tensor) -> torch.Tensor:
-    """From RGB in [0, 1] `(..., 3, H, W)` to CLIP's zero mean and unit variance."""
-    return F.normalize(video, list(CLIP_MEAN), list(CLIP_STD))
-
-
-def denormalize(video: torch.Tensor) -> torch.Tensor:
-    """The inverse of `normalize`, clamped to [0, 1], to draw a clip."""
-    mean, std = (video.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (video * std + mean).clamp(0, 1)
+def normalize(video: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
+    """From RGB in [0, 1] `(..., 3, H, W)` to zero mean and unit variance under the configuration's statistics."""
+    return F.normalize(video, list(config.mean), list(config.std))
 
 
 def mixup_cutmix(

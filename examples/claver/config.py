@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
@@ -13,7 +14,17 @@ import yaml
 
 from .augment import AugmentConfig
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "from_dict", "load_config", "to_dict"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "TestConfig",
+    "TrainConfig",
+    "from_dict",
+    "load_config",
+    "override",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -120,16 +131,28 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of sections, not {type(values).__name__}")
-    for override in overrides or []:
-        name, equals, value = override.partition("=")
+    return from_dict(override(values, overrides or []), str(path))
+
+
+def override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of nested dictionaries with some values set; each override is `section.key=value`, the value in YAML.
+
+    Raises:
+        ValueError: an override without `=`, or one that names a value as if it were a section.
+    """
+    values = copy.deepcopy(values)
+    for item in overrides:
+        name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"--set takes section.key=value, not {override!r}")
+            raise ValueError(f"--set takes section.key=value, not {item!r}")
         *sections, key = name.split(".")
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"--set {item}: {section} is no section")
         target[key] = yaml.safe_load(value)
-    return from_dict(values, str(path))
+    return values
 
 
 def from_dict(values: dict[str, Any], source: str = "config") -> Config:

@@ -229,7 +229,7 @@ class TestDataset(Dataset[dict[str, Any]]):
         self.augment = augment
         self.num_clips = num_clips
         self.num_crops = num_crops
-        self.source = _FrameSource(augment.short_side, cache)
+        self.source = _FrameSource(augment.short_side if num_crops == 1 else augment.size, cache)
 
     def __len__(self) -> int:
         return len(self.samples)

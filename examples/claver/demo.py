@@ -102,7 +102,7 @@ def demo(
     """
     start, folder = time.perf_counter(), Path(folder)
     print(
-        f"1/4  writing {num_train + num_test} mp4 files of {len(MOTIONS)} motions in opposite pairs to {folder / 'data'}"
+        f"1/3  writing {num_train + num_test} mp4 files of {len(MOTIONS)} motions in opposite pairs to {folder / 'data'}"
     )
     dataset = write_motion_dataset(folder / "data", num_train=num_train, num_test=num_test, size=SIZE, seed=seed)
     classes = read_labels(dataset.labels)
@@ -133,7 +133,7 @@ def demo(
         "seed": seed,
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": _gpu()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads_per_model": 1, "gpu": _gpu()},
         "versions": {"kronmask": kronmask.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     pictures = _draw(folder, dataset, classes, histories, evaluations)

@@ -31,7 +31,7 @@ class Claver(nn.Module):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Features `(B, E)` of normalised clips `(B, T, 3, H, W)`."""
-        return F.normalize(self.frame_features(video), dim=-1).mean(1)
+        return F.normalize(self.frame_features(video).float(), dim=-1).mean(1)
 
     def frame_features(self, video: Tensor) -> Tensor:
         """Features `(B, T, E)` of each frame, before normalisation."""
@@ -39,11 +39,14 @@ class Claver(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`."""
-        return self.clip.encode_text(tokens.flatten(0, -2), normalize=True).unflatten(0, tokens.shape[:-1])
+        features = self.clip.encode_text(tokens.flatten(0, -2)).float()
+        return F.normalize(features, dim=-1).unflatten(0, tokens.shape[:-1])
 
     def logits(self, video_features: Tensor, text_features: Tensor) -> Tensor:
-        """`(B, A, C)` from `(B, E)` and `(A, C, E)`."""
-        return self.clip.logit_scale.exp() * torch.einsum("be,ace->bac", video_features, text_features)
+        """`(B, A, C)` float32 from `(B, E)` and `(A, C, E)`, also under autocast: scaled by 100, bfloat16 cosines would tie."""
+        with torch.autocast(video_features.device.type, enabled=False):
+            cosines = torch.einsum("be,ace->bac", video_features.float(), text_features.float())
+            return self.clip.logit_scale.float().exp() * cosines
 
     def forward(self, video: Tensor, tokens: Tensor) -> Tensor:
         """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`."""
@@ -99,8 +102,9 @@ def freeze(model: Claver, tune: str) -> None:
 def describe_trained(model: Claver) -> str:
     """Which parts are trained, in millions of parameters: nobody should have to guess."""
     parts: dict[str, list[int]] = {}
+    temporal = temporal_parameters(model)
     for name, parameter in model.named_parameters():
-        part = "temporal" if "temporal_" in name else "vision" if ".visual." in name else "text"
+        part = "temporal" if name in temporal else "vision" if ".visual." in name else "text"
         counts = parts.setdefault(part, [0, 0])
         counts[0] += parameter.numel() * parameter.requires_grad
         counts[1] += parameter.numel()

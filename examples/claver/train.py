@@ -36,7 +36,10 @@ from .evaluate import Evaluation, evaluate
 from .model import Claver, build_model, describe_trained, freeze
 from .prompts import ACTION_TEMPLATES, build_prompts, draw_prompts, load_prompts, tokenize
 
-__all__ = ["Run", "contrastive_loss", "learning_rate_factor", "prompts_of", "run_evaluation", "tokens_of", "train"]
+# settings that may change when a run is resumed: they do not change what a step computes
+FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
+
+__all__ = ["Run", "contrastive_loss", "learning_rate", "prompts_of", "run_evaluation", "tokens_of", "train"]
 
 
 class Run:
@@ -46,12 +49,15 @@ class Run:
         self.folder, self.model, self.tokens, self.history = folder, model, tokens, history
 
 
-def learning_rate_factor(step: int, total: int, warmup: int, minimum: float) -> float:
-    """Factor on the learning rate at `step`: linear from 0 over `warmup` steps, then a cosine down to `minimum`."""
+def learning_rate(step: int, total: int, warmup: int, base: float, minimum: float) -> float:
+    """The learning rate at `step`: linear from 0 over `warmup` steps, then the cosine from `base` at step 0 to `minimum`.
+
+    As the authors have it, the cosine runs from the first step, also under the warm-up, and `minimum` is the same for all
+    parameter groups.
+    """
     if step < warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return base * step / warmup
+    return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
 
 def contrastive_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -165,9 +171,8 @@ def train(
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
             chosen = draw_prompts(len(tokens), settings.prompts_per_step, generator)
-            factor = learning_rate_factor(step, total, warmup, settings.min_lr_ratio)
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * factor
+            for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = learning_rate(step, total, warmup, base, settings.lr * settings.min_lr_ratio)
             for _ in range(settings.accumulate):
                 batch = next(batches)
                 video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
@@ -187,11 +192,9 @@ def train(
             bar.update()
             done = step + 1
             if done % 10 == 0 or done == (epoch + 1) * steps_per_epoch:
-                value = loss.item()
+                value = accelerator.gather(loss.detach().reshape(1)).mean().item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {done}; last.pt in {folder} holds epoch {epoch}"
-                    )
+                    raise FloatingPointError(f"the loss is {value} at step {done}; {folder} keeps the last whole epoch")
                 history.append({"step": done, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
                 bar.set_postfix(loss=f"{value:.3f}")
         if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs:
@@ -208,9 +211,9 @@ def train(
             state = {"epoch": epoch + 1, "best": best, "history": history, "optimizer": optimizer.state_dict()}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            save_checkpoint(folder / "last.pt", trained, config, classes, prompts, **state)
             if improved:
                 save_checkpoint(folder / "best.pt", trained, config, classes, prompts, epoch=epoch + 1)
+            save_checkpoint(folder / "last.pt", trained, config, classes, prompts, **state)
             (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
         accelerator.wait_for_everyone()
     bar.close()
@@ -250,13 +253,24 @@ def _restore(
     path: Path, config: Config, model: Claver, optimizer: Any, accelerator: Accelerator
 ) -> tuple[int, float, list[dict[str, Any]]]:
     content = load_checkpoint(path)
-    ours = {key: value for key, value in to_dict(config).items() if key != "run_dir"}
-    theirs = {key: value for key, value in content.get("config", {}).items() if key != "run_dir"}
-    different = sorted(key for key in ours if ours[key] != theirs.get(key))
+    ours, theirs = _flat(to_dict(config)), _flat(content.get("config", {}))
+    different = [
+        f"{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted(ours.keys() | theirs.keys())
+        if not key.startswith(FREE_ON_RESUME) and ours.get(key) != theirs.get(key)
+    ]
     if different:
-        raise CheckpointError(f"{path}: is of a run with other settings ({', '.join(different)}); resume with its own")
+        raise CheckpointError(f"{path}: is of a run with other settings: {'; '.join(different)}")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     if accelerator.scaler is not None and "scaler" in content:
         accelerator.scaler.load_state_dict(content["scaler"])
     return content["epoch"], content["best"], content["history"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

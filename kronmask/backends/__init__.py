@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from kronmask.backends import dense, flex, sdpa
@@ -28,13 +27,15 @@ def check_name(backend: str) -> None:
 
 
 def get(backend: str, query: Tensor, key: Tensor, mask: KronMask) -> ModuleType:
-    """The module that runs these inputs; `auto` takes float64 to `dense` and all else to `sdpa`.
+    """The module that runs these inputs; `auto` takes `sdpa`, or `dense` where that cannot (float64, say).
 
     Raises:
         NotImplementedError: the backend cannot take them; says why and which backends can.
     """
     if backend == "auto":
-        backend = "dense" if query.dtype == torch.float64 else "sdpa"
+        backend = next(
+            (name for name in ("sdpa", "dense") if BACKENDS[name].refusal(query, key, mask) is None), "dense"
+        )
     reason = BACKENDS[backend].refusal(query, key, mask)
     if reason is not None:
         able = [name for name, module in BACKENDS.items() if module.refusal(query, key, mask) is None]

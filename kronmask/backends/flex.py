@@ -21,6 +21,8 @@ __all__ = ["backward", "forward", "refusal"]
 def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
     if query.dtype == torch.float64:
         return "FlexAttention has no float64"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"FlexAttention is used on CPU and CUDA here, not on {query.device.type}"
     return None
 
 

@@ -141,7 +141,8 @@ def _merge(output: Tensor, lse: Tensor, part_output: Tensor, part_lse: Tensor, f
         output.copy_(part_output)
         lse.copy_(part_lse)
         return
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # -inf - -inf: neither has seen a key
+    # where the part has seen no key its weight is 0, also if nothing before it has (-inf - -inf); other NaNs stay NaN
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse.isneginf(), 0.0)
     output.lerp_(part_output.to(output.dtype), weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
 
@@ -268,9 +269,8 @@ def _flash_backward(
     grad_output, query, key, value, output = (_to_multiple_of_8(x) for x in (grad_output, query, key, value, output))
     seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of the dropout, which there is none of
     if bias is None and query.dtype != torch.float32:
-        none = torch.empty(0, dtype=torch.int32, device=query.device)
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad_output, query, key, value, output, lse.contiguous(), none, none, rows, key.shape[2], 0.0, False, seed, seed,
+            grad_output, query, key, value, output, lse.contiguous(), None, None, rows, key.shape[2], 0.0, False, seed, seed,
             scale=scale,
         )  # fmt: skip
     else:

@@ -98,7 +98,7 @@ def unpatch_vit(model: Model) -> Model:
 
 def temporal_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that patching has added, by their names in `state_dict` (each contains `temporal_`)."""
-    return {name: parameter for name, parameter in model.named_parameters() if "temporal_" in name}
+    return {name: parameter for name, parameter in model.named_parameters() if _is_temporal(name)}
 
 
 def param_groups(
@@ -111,7 +111,7 @@ def param_groups(
     uses `lr=1.2e-5, temporal_lr_mult=10, weight_decay=1e-3` with AdamW.
 
     Args:
-        model: a patched model, or any that has `temporal_` in the names of its temporal parameters.
+        model: a patched model, or one that contains it.
         lr: learning rate of the image model.
         temporal_lr_mult: factor on `lr` for temporal parameters.
         weight_decay: for the parameters that have any.
@@ -128,10 +128,15 @@ def param_groups(
             groups[name] = {"name": name, "params": [], "lr": lr * factor, "weight_decay": decay}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "temporal" if "temporal_" in name else "image"
+            part = "temporal" if _is_temporal(name) else "image"
             decays = parameter.ndim > 1 and id(parameter) not in embeddings and not _NO_DECAY.search(name)
             groups[part if decays else f"{part}_no_decay"]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
+
+
+def _is_temporal(name: str) -> bool:
+    """Whether a parameter's name goes through the child that patching adds, whatever a wrapper around the model is called."""
+    return "temporal_encoder" in name.split(".")
 
 
 def _is_patched(model: nn.Module) -> bool:

@@ -62,10 +62,15 @@ class KronVisionTransformer(VideoTower, VisionTransformer):
         Raises:
             ValueError: another shape.
         """
-        x = each_frame(self._embed_frames, clips(video, self.in_chans))
+        x = each_frame(self._embed_frames, clips(video, self.patch_embed.proj.in_channels))
         if self.training and not isinstance(self.patch_drop, nn.Identity):
             x = _drop_tubes(self.patch_drop, x)
         return self.temporal_encoder(self.norm_pre(x), self.blocks, self.grad_checkpointing)
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimizer factory is not to decay: the image model's own, and the temporal embedding."""
+        temporal = {name for name, _ in self.named_parameters() if name.startswith("temporal_encoder.embedding")}
+        return set(super().no_weight_decay()) | temporal
 
     def _embed_frames(self, images: Tensor) -> Tensor:
         return self._pos_embed(self.patch_embed(images))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from claver import augment
 from claver.augment import (
     CLIP_MEAN,
     CLIP_STD,
     AugmentConfig,
     _multi_scale_box,
     crop_views,
-    denormalize,
     mixup_cutmix,
-    normalize,
     resize_short_side,
     train_clip,
 )
@@ -22,6 +21,17 @@ from torchvision.transforms.v2 import functional as F
 
 SMALL = AugmentConfig(size=32, short_side=40)
 PLAIN = AugmentConfig(size=32, short_side=32, scales=(1.0,), flip=0, jitter=0, grey=0)
+
+
+def normalize(video):
+    """With CLIP's statistics, the default."""
+    return augment.normalize(video, AugmentConfig())
+
+
+def denormalize(video):
+    """The inverse of `normalize`."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return video * std + mean
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -117,24 +127,35 @@ def test_all_scales_and_places_are_drawn() -> None:
 
 
 def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side() -> None:
+    """Of frames whose shorter side is the crop's: they show the whole frame."""
     config = AugmentConfig(size=32, short_side=40)
-    video = random_clip(2, 3, 40, 64)
+    video = random_clip(2, 3, 32, 64)
     wide = crop_views(video, config, 3)
     assert wide.shape == (3, 2, 3, 32, 32)
     for crop, left in zip(wide, (0, 16, 32), strict=True):
-        torch.testing.assert_close(crop, normalize(video[..., 4:36, left : left + 32] / 255))
-    tall = crop_views(video.mT, config, 3)
-    torch.testing.assert_close(tall, wide.mT)
-    torch.testing.assert_close(crop_views(video, config, 1), wide[1:2])
+        torch.testing.assert_close(crop, normalize(video[..., left : left + 32] / 255))
+    torch.testing.assert_close(crop_views(video.mT, config, 3), wide.mT)
 
 
-def test_test_crops_resize_the_short_side() -> None:
+def test_one_crop_is_the_centre_of_frames_of_the_short_side() -> None:
+    config = AugmentConfig(size=32, short_side=40)
+    video = random_clip(2, 3, 40, 64)
+    torch.testing.assert_close(crop_views(video, config, 1)[0], normalize(video[..., 4:36, 16:48] / 255))
+
+
+@pytest.mark.parametrize(("num_crops", "size"), [(1, [40, 64]), (3, [32, 51])])
+def test_test_crops_resize_the_short_side(num_crops: int, size: list[int]) -> None:
     config = AugmentConfig(size=32, short_side=40)
     video = random_clip(2, 3, 80, 128)
-    expected = F.resize(video, [40, 64], antialias=True)
-    torch.testing.assert_close(crop_views(video, config, 3), crop_views(expected, config, 3))
-    for height, width, size in [(80, 128, (40, 64)), (128, 80, (64, 40)), (41, 40, (41, 40)), (20, 21, (40, 42))]:
-        assert resize_short_side(random_clip(1, 3, height, width), 40).shape[-2:] == size
+    expected = F.resize(video, size, antialias=True)
+    torch.testing.assert_close(crop_views(video, config, num_crops), crop_views(expected, config, num_crops))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(80, 128, (40, 64)), (128, 80, (64, 40)), (41, 40, (41, 40)), (20, 21, (40, 42))]
+)
+def test_resizing_keeps_the_shape_of_the_content(height: int, width: int, size: tuple[int, int]) -> None:
+    assert resize_short_side(random_clip(1, 3, height, width), 40).shape[-2:] == size
 
 
 def test_a_number_of_crops_that_is_not_offered_is_refused() -> None:

@@ -51,6 +51,22 @@ def test_eval_prints_top_1_and_top_5(run, capsys):
     assert 0 <= result["top1"] <= result["top5"] <= 1
 
 
+def test_a_setting_changes_what_a_checkpoint_says(run, capsys, tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text("videos/test_00003.mp4 3\n")
+    setting = ["--set", f"data.test_list={one}", "test.clips=1"]
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", *setting]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["videos"] == 1
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", "--set", "nonsense.key=1"]) == 1
+    assert "unknown nonsense" in capsys.readouterr().err
+
+
+def test_options_of_the_demo_hold_before_and_after_its_name():
+    parse = claver_k400._parser().parse_args
+    assert parse([]).epochs == parse(["demo"]).epochs == 20
+    assert parse(["--epochs", "3", "demo"]).epochs == parse(["demo", "--epochs", "3"]).epochs == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -41,3 +41,14 @@ def test_temporal_tuning_trains_the_temporal_parameters_alone():
     assert all(p.requires_grad for p in model.parameters())
     model(torch.randn(2, 4, 3, 32, 32), torch.randint(1, 100, (2, 5, 16))).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_logits_are_float32_under_autocast():
+    """Scaled by 100, cosines in bfloat16 would be off by a third of a unit and tie."""
+    model = build_model(small_model(logit_scale=100.0)).eval()
+    video, text = F.normalize(torch.randn(4, 16), dim=-1), F.normalize(torch.randn(2, 50, 16), dim=-1)
+    exact = 100 * torch.einsum("be,ace->bac", video.double(), text.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(video, text)
+        assert model(torch.randn(1, 4, 3, 32, 32), torch.randint(1, 100, (1, 2, 16))).dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, atol=1e-3, rtol=0)

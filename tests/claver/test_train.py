@@ -8,7 +8,7 @@ import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint
 from claver.data import DatasetError
-from claver.train import contrastive_loss, learning_rate_factor, run_evaluation, train
+from claver.train import contrastive_loss, learning_rate, run_evaluation, train
 from hypothesis import given
 from hypothesis import strategies as st
 from small import small_config
@@ -17,12 +17,18 @@ from torch.nn import functional as F
 
 @given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1))
 def test_the_learning_rate_warms_up_from_zero_and_falls_to_its_minimum(total, warmup, minimum):
-    rates = [learning_rate_factor(step, warmup + total, warmup, minimum) for step in range(warmup + total + 1)]
-    assert all(0 <= rate <= 1 for rate in rates)
-    assert rates[warmup] == 1
+    total += warmup
+    rates = [learning_rate(step, total, warmup, 2.0, minimum) for step in range(total + 1)]
+    assert all(0 <= rate <= 2 for rate in rates)
     assert rates[-1] == pytest.approx(minimum)
-    assert rates[:warmup] == pytest.approx([step / warmup for step in range(warmup)])
+    assert rates[:warmup] == pytest.approx([2 * step / warmup for step in range(warmup)])
     assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+
+
+def test_the_learning_rate_is_the_authors():
+    """timm's CosineLRScheduler(t_initial=6000, lr_min=.01, warmup_t=500), whose warm-up does not shift the cosine."""
+    rates = [learning_rate(step, 6000, 500, 1.0, 0.01) for step in (250, 500, 2000, 4000)]
+    assert rates == pytest.approx([0.5, 0.983, 0.7525, 0.2575], abs=1e-3)
 
 
 def test_the_target_holds_for_each_prompt():
@@ -52,8 +58,10 @@ def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
     assert resumed.history == whole.history
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=3))
+    assert train(moved, resume=True).history == whole.history
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
-    with pytest.raises(CheckpointError, match=r"other settings \(train\)"):
+    with pytest.raises(CheckpointError, match="train.lr = 0.001 there, 0.5 here"):
         train(changed, resume=True)
 
 

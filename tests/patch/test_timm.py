@@ -198,3 +198,22 @@ def test_replaced_attention_is_the_same_attention_over_the_clip() -> None:
         ours.out_proj.load_state_dict(image.proj.state_dict())
     x = torch.randn(2, 4, 5, 24)
     torch.testing.assert_close(image(x), ours(x.flatten(1, 2), 4, 5).unflatten(1, (4, 5)))
+
+
+def test_timms_own_optimizer_factory_does_not_decay_the_temporal_embedding() -> None:
+    model = patch_vit(vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=2), frames=4)
+    groups = timm.optim.param_groups_weight_decay(model, 0.1, model.no_weight_decay())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert id(model.temporal_encoder.embedding.weight) not in decayed
+    assert id(model.pos_embed) not in decayed
+    assert id(model.head.weight) in decayed
+
+
+def test_temporal_parameters_are_those_that_patching_added_whatever_the_model_is_called() -> None:
+    model = vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=2)
+    before = {id(p) for p in model.parameters()}
+    wrapper = nn.ModuleDict({"temporal_model": patch_vit(model, frames=4)})
+    added = [p for p in model.parameters() if id(p) not in before]
+    assert list(map(id, temporal_parameters(wrapper).values())) == list(map(id, added))
+    groups = param_groups(wrapper, lr=1.0)
+    assert sum(len(g["params"]) for g in groups if g["name"].startswith("temporal")) == len(added)
