@@ -6,6 +6,7 @@ import pytest
 import timm
 import timm.layers as layers
 import timm.models.vision_transformer as vit
+import timm.optim
 import torch
 from torch import Tensor, nn
 
