@@ -203,7 +203,7 @@ def test_replaced_attention_is_the_same_attention_over_the_clip() -> None:
 
 def test_timms_own_optimizer_factory_does_not_decay_the_temporal_embedding() -> None:
     model = patch_vit(vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=2), frames=4)
-    groups = timm.optim.param_groups_weight_decay(model, 0.1, model.no_weight_decay())
+    groups = timm.optim.param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert id(model.temporal_encoder.embedding.weight) not in decayed
     assert id(model.pos_embed) not in decayed
