@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((demo, run_demo), (train, run_train), (evaluate, run_eval), (predict, run_predict)):
         command.set_defaults(run=run)
     for command in (parser, demo):  # a default of the second would overwrite what the first was given
-        defaults = {"run_dir": "runs/demo", "seed": 0, "num_train": 800, "num_test": 240, "epochs": 20}
+        defaults = {"run_dir": "runs/demo", "seed": 0, "num_train": 800, "num_test": 240, "epochs": 24}
         unless = (lambda name, values=defaults: values[name]) if command is parser else (lambda name: argparse.SUPPRESS)
         command.add_argument("--run-dir", default=unless("run_dir"), help="folder for everything it writes")
         command.add_argument("--seed", type=int, default=unless("seed"))

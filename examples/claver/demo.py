@@ -93,7 +93,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
 
 
 def demo(
-    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 20
+    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 24
 ) -> dict[str, Any]:
     """Write videos, train both models, evaluate them multi-view, draw, and print where everything is.
 

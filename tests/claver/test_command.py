@@ -63,7 +63,7 @@ def test_a_setting_changes_what_a_checkpoint_says(run, capsys, tmp_path):
 
 def test_options_of_the_demo_hold_before_and_after_its_name():
     parse = claver_k400._parser().parse_args
-    assert parse([]).epochs == parse(["demo"]).epochs == 20
+    assert parse([]).epochs == parse(["demo"]).epochs == 24
     assert parse(["--epochs", "3", "demo"]).epochs == parse(["demo", "--epochs", "3"]).epochs == 3
 
 
