@@ -22,7 +22,8 @@ demo: install
 	$(BIN)/python examples/claver_k400.py
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/kernels/test_conformance_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_conformance_triton.py
 
 check: install
 	$(BIN)/ruff check .

@@ -22,9 +22,9 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How a dot is computed: exactly for float32, as the hardware does for half precision."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def precision(dtype: torch.dtype, kernel: object) -> str:
+    """How `dot` and `narrow` compute: without TF32, and in the interpreter around its want of bfloat16 arithmetic."""
+    return "emulated" if dtype == torch.bfloat16 and is_interpreted(kernel) else "ieee"
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -46,6 +46,24 @@ def is_interpreted(kernel: object) -> bool:
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b`, accumulated in float32. Triton's interpreter multiplies the bits of bfloat16: there, widen them first."""
+    if PRECISION == "emulated":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Float32 to `dtype`, to nearest even. Triton's interpreter truncates to bfloat16: there, round the bits first."""
+    if PRECISION == "emulated":
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_rows(base, rows, row_stride, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """`(rows, BLOCK_D)`; zeros beyond HEAD_DIM and, if MASKED, in rows that are not allowed."""
     dims = tl.arange(0, BLOCK_D)
@@ -60,11 +78,14 @@ def load_rows(base, rows, row_stride, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def store_rows(base, rows, row_stride, values, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(
+    base, rows, row_stride, values, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
     """Store `(rows, HEAD_DIM)` where allowed."""
     dims = tl.arange(0, BLOCK_D)
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=allowed[:, None] & (dims[None, :] < HEAD_DIM))
+    values = narrow(values, base.dtype.element_ty, PRECISION)
+    tl.store(pointers, values, mask=allowed[:, None] & (dims[None, :] < HEAD_DIM))
 
 
 @triton.jit
@@ -79,12 +100,43 @@ def tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def run_keys(start, columns, hole_at, hole, HOLES: tl.constexpr):
-    """The other sequence's rows that a run shows in these columns: the virtual row with a hole."""
-    keys = start + columns
-    if HOLES:
-        keys += tl.where(columns >= hole_at, hole, 0)
-    return keys
+def load_run(runs_table, run):
+    """Start, length, hole_at and hole of a run."""
+    base = runs_table + run * 4
+    return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 3)
+
+
+@triton.jit
+def load_block(base, first, row_stride, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`(BLOCK_N, BLOCK_D)`: the rows from `first` on, none of them masked."""
+    return load_rows(
+        base + first.to(tl.int64) * row_stride, tl.arange(0, BLOCK_N), row_stride, None, HEAD_DIM, BLOCK_D, False
+    )
+
+
+@triton.jit
+def gather_block(
+    keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A block of gathered rows of the other sequence: which, whether there is one, and which of them each row of the tile sees.
+
+    Blocks before `whole` are seen by all rows, the others within each row's intervals.
+    """
+    others = tl.load(keys_table + block * BLOCK_N + tl.arange(0, BLOCK_N))
+    valid = others >= 0
+    others = tl.maximum(others, 0)
+    allowed = valid[None, :]
+    if TESTED:
+        inside = within_intervals(others, seen_start, seen_hole, seen_resume, seen_stop)
+        allowed = allowed & (inside | (block < whole))
+    return others, valid, allowed
+
+
+@triton.jit
+def diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames):
+    """Rows `(BLOCK_M)` of the other sequence that lie at the tile's own positions, 0 where there is none; and where there is."""
+    first = tl.load(diagonals + lists * num_diagonals + index, mask=exists & (lists < num_frames), other=-1)
+    return tl.where(first >= 0, first + positions, 0), first >= 0
 
 
 @triton.jit

@@ -1,10 +1,12 @@
 """From a mask to tiles: which query rows a program takes, and which keys it visits for them.
 
 Rows of one query frame see the same keys, so a mask is one key list for each query frame (and one for the prefix): ranges of keys
-that are seen whole, diagonals (own position in another or the own frame), and explicit patterns. Ranges are packed in pairs into
-a *virtual row with a hole*: column `c` of a run is key `start + c + hole * (c >= hole_at)`, so that KMT's keys, all frames but
-one, are one loop with one masked tail. A tile whose rows have different key lists visits the union under a per-row test of key
-intervals; only explicit patterns read bits. Three layouts of rows compete, by a static cost model:
+that are seen whole, diagonals (own position in another or the own frame), and explicit patterns. The whole blocks of two ranges
+are one loop over a *virtual row with a hole*: column `c` is key `start + c + hole * (c >= hole_at)`, where length and hole_at are
+multiples of the block, so the hot loop masks nothing and knows of the hole by one scalar. What the blocks leave over of all
+ranges is packed into blocks of gathered keys, one or two a tile. A tile whose rows have different key lists gathers what only
+some of them see and tests it row by row against intervals; only explicit patterns read bits. Three layouts of rows compete, by a
+static cost model:
 
 - `token`: consecutive rows, whatever frames they lie in; rows with equal key lists are brought together first.
 - `frame`: tiles never cross a frame; the last tile of each frame is partly empty.
@@ -36,13 +38,16 @@ __all__ = [
     "key_lists",
     "make_tables",
     "make_tiling",
+    "transposed",
 ]
 
 KINDS = ("token", "frame", "packed")
 Range = tuple[int, int]  # [start, stop) of key rows
 
 # The cost model, in units of one query row by one key column of matrix product.
-ROW_OVERHEAD = 6  # loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
+ROW_OVERHEAD = (
+    6  # loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
+)
 TILE_OVERHEAD = 32  # columns' worth of work to load a tile's queries and store its output
 TESTED_WEIGHT = 1.15  # of a column whose visibility is tested row by row
 PATTERN_WEIGHT = 1.5  # of a column whose bits are read
@@ -87,44 +92,37 @@ class KeyList:
 
 @dataclass(frozen=True)
 class Run:
-    """A loop over `length` columns; column `c` is key row `start + c + hole * (c >= hole_at)`."""
+    """A loop over `length` columns, a multiple of the block; column `c` is key row `start + c + hole * (c >= hole_at)`."""
 
     start: int
     length: int
     hole_at: int
     hole: int
-    pattern: int = -1
-
-    def part(self, first: int, last: int) -> Run:
-        """The columns `[first, last)` as a run of their own."""
-        if first >= self.hole_at:
-            return Run(self.start + self.hole + first, last - first, last - first, 0, self.pattern)
-        if last <= self.hole_at:
-            return Run(self.start + first, last - first, last - first, 0, self.pattern)
-        return Run(self.start + first, last - first, self.hole_at - first, self.hole, self.pattern)
-
-    def columns(self, key_range: Range) -> list[Range]:
-        """The columns that show keys of the range."""
-        pieces = ((self.start, 0, self.hole_at), (self.start + self.hole, self.hole_at, self.length))
-        spans = [(max(a, key_range[0] - shift), min(b, key_range[1] - shift)) for shift, a, b in pieces]
-        return _merged(span for span in spans if span[0] < span[1])
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows that one program takes, and its loops.
+    """Query rows that one program takes, and the keys that it visits.
 
     Attributes:
         rows: runs of rows of the sequence, `(first, count)`.
-        plain: runs that all of its rows see whole.
-        tested: runs of which each row sees its own intervals.
-        patterns: runs read through an explicit pattern.
+        runs: whole blocks of keys that all of its rows see.
+        edges: ranges of the other keys that all of its rows see; gathered into blocks.
+        tested: ranges of keys of which each row sees its own intervals; gathered into blocks.
+        patterns: `(palette index, first key row, columns)` of what is read through an explicit pattern.
     """
 
-    rows: tuple[tuple[int, int], ...]
-    plain: tuple[Run, ...]
-    tested: tuple[Run, ...]
-    patterns: tuple[Run, ...]
+    rows: tuple[Range, ...]
+    runs: tuple[Run, ...]
+    edges: tuple[Range, ...]
+    tested: tuple[Range, ...]
+    patterns: tuple[tuple[int, int, int], ...]
+
+    def visits(self, columns: int) -> int:
+        """Number of blocks of that many columns that are computed."""
+        whole = sum(run.length for run in self.runs) // columns
+        gathered = -(-_total(self.edges) // columns) - (-_total(self.tested) // columns)
+        return whole + gathered + sum(-(-length // columns) for _, _, length in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Tiling:
     @property
     def visits(self) -> int:
         """Number of (rows x columns) blocks that are computed."""
-        return sum(_visits(runs, self.blocks.columns) for t in self.tiles for runs in (t.plain, t.tested, t.patterns))
+        return sum(tile.visits(self.blocks.columns) for tile in self.tiles)
 
 
 def dense_visits(mask: KronMask, blocks: Blocks) -> int:
@@ -154,7 +152,8 @@ def key_lists(mask: KronMask) -> tuple[KeyList, ...]:
     lists = []
     for row in mask.codes:
         ranges: list[list[int]] = [[0, prefix]] if prefix else []
-        diagonals, patterns = [], []
+        diagonals: list[int] = []
+        patterns = []
         frame, number = 0, len(row)
         while frame < number:
             code, first = row[frame], frame
@@ -176,9 +175,15 @@ def key_lists(mask: KronMask) -> tuple[KeyList, ...]:
     return tuple(lists)
 
 
+@lru_cache(maxsize=256)
+def transposed(mask: KronMask) -> KronMask:
+    """The mask as keys see queries, remembered: what the gradients of keys and values walk."""
+    return mask.T
+
+
 # ---- layouts of rows ------------------------------------------------------------------------------------------------
 
-Layout = list[tuple[tuple[tuple[int, int], ...], tuple[int, ...]]]  # for each tile its runs of rows and its key lists
+Layout = list[tuple[tuple[Range, ...], tuple[int, ...]]]  # for each tile its runs of rows and its key lists
 
 
 @lru_cache(maxsize=1024)
@@ -192,7 +197,9 @@ def _layout(mask: KronMask, rows: int, kind: str) -> Layout:
     spans = []  # (key list, first row, rows), in the order in which tiles are filled
     tiles: Layout = []
     for i in order:
-        first, count = (mask.prefix + i * mask.query_tokens, mask.query_tokens) if i < len(mask.codes) else (0, mask.prefix)
+        first, count = (
+            (mask.prefix + i * mask.query_tokens, mask.query_tokens) if i < len(mask.codes) else (0, mask.prefix)
+        )
         whole = count // rows * rows if kind == "packed" else 0
         tiles += [(((first + start, rows),), (i,)) for start in range(0, whole, rows)]
         if count > whole:
@@ -228,32 +235,19 @@ def _compatible(a: KeyList, b: KeyList) -> bool:
     return (a.is_simple and b.is_simple) or (a.ranges, a.patterns) == (b.ranges, b.patterns)
 
 
-# ---- runs of keys ---------------------------------------------------------------------------------------------------
+# ---- keys of a tile -------------------------------------------------------------------------------------------------
 
 
-def _runs(lists: Sequence[KeyList], columns: int) -> tuple[tuple[Run, ...], ...]:
-    """The plain, tested and pattern runs of a tile with rows of these key lists."""
-    union = _holed(_union(lists))
+def _keys(lists: Sequence[KeyList], columns: int) -> tuple:
+    """The runs, edges, tested ranges and patterns of a tile with rows of these key lists."""
     if _is_pure(lists):
-        patterns = tuple(Run(start, length, length, 0, pattern) for pattern, start, length in lists[0].patterns)
-        return union, (), patterns
-    common = list(lists[0].ranges)
+        blocks, edges = _split(lists[0].ranges, columns)
+        return _holed(blocks), tuple(edges), (), lists[0].patterns
+    common: Sequence[Range] = lists[0].ranges
     for other in lists[1:]:
         common = _intersection(common, other.ranges)
-    plain: list[Run] = []
-    tested: list[Run] = []
-    for run in union:
-        shared = _merged(span for key_range in common for span in run.columns(key_range))
-        # whole blocks that every row sees; the last block of the run counts although it is short
-        blocks = [(-(-a // columns) * columns, b if b == run.length else b // columns * columns) for a, b in shared]
-        blocks = [(a, b) for a, b in blocks if a < b]
-        plain += _joined([run.part(a, b) for a, b in blocks])
-        at = 0
-        for a, b in [*blocks, (run.length, run.length)]:
-            if at < a:
-                tested.append(run.part(at, a))
-            at = b
-    return tuple(plain), tuple(tested), ()
+    blocks, _ = _split(common, columns)
+    return _holed(blocks), (), tuple(_without(_union(lists), blocks)), ()
 
 
 def _is_pure(lists: Sequence[KeyList]) -> bool:
@@ -262,13 +256,21 @@ def _is_pure(lists: Sequence[KeyList]) -> bool:
     return all(keys.ranges == first.ranges and keys.patterns == first.patterns for keys in lists[1:])
 
 
-def _union(lists: Sequence[KeyList]) -> list[Range]:
-    return _merged(key_range for keys in lists for key_range in keys.ranges)
+def _split(ranges: Iterable[Range], columns: int) -> tuple[list[Range], list[Range]]:
+    """The whole blocks of each range, and what they leave over."""
+    blocks, rest = [], []
+    for start, stop in ranges:
+        middle = start + (stop - start) // columns * columns
+        if start < middle:
+            blocks.append((start, middle))
+        if middle < stop:
+            rest.append((middle, stop))
+    return blocks, rest
 
 
-def _merged(ranges: Iterable[Range]) -> list[Range]:
+def _union(lists: Iterable[KeyList]) -> list[Range]:
     merged: list[Range] = []
-    for start, stop in sorted(ranges):
+    for start, stop in sorted(key_range for keys in lists for key_range in keys.ranges):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
@@ -281,32 +283,32 @@ def _intersection(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
     return sorted(span for span in spans if span[0] < span[1])
 
 
+def _without(ranges: Sequence[Range], holes: Sequence[Range]) -> list[Range]:
+    """What of the ranges is in none of the holes; both ascending, each hole within one range."""
+    rest = []
+    for start, stop in ranges:
+        for first, last in holes:
+            if start <= first < stop:
+                if start < first:
+                    rest.append((start, first))
+                start = last
+        if start < stop:
+            rest.append((start, stop))
+    return rest
+
+
 def _holed(ranges: Sequence[Range]) -> tuple[Run, ...]:
-    """Ranges, two at a time, as runs with a hole."""
+    """Ranges of whole blocks, two at a time, as runs with a hole."""
     runs = []
     for i in range(0, len(ranges), 2):
-        (start, middle), (resume, stop) = ranges[i], ranges[min(i + 1, len(ranges) - 1)]
-        if i + 1 < len(ranges):
-            runs.append(Run(start, middle - start + stop - resume, middle - start, resume - middle))
-        else:
-            runs.append(Run(start, middle - start, middle - start, 0))
+        start, middle = ranges[i]
+        resume, stop = ranges[i + 1] if i + 1 < len(ranges) else (middle, middle)
+        runs.append(Run(start, middle - start + stop - resume, middle - start, resume - middle))
     return tuple(runs)
 
 
-def _joined(runs: list[Run]) -> list[Run]:
-    """Pairs of neighbouring runs without holes as one run with a hole; the first of a pair must be whole blocks (they are)."""
-    joined: list[Run] = []
-    for run in runs:
-        last = joined[-1] if joined else None
-        if last is not None and not last.hole and not run.hole:
-            joined[-1] = Run(last.start, last.length + run.length, last.length, run.start - last.start - last.length)
-        else:
-            joined.append(run)
-    return joined
-
-
-def _visits(runs: Iterable[Run], columns: int) -> int:
-    return sum(-(-run.length // columns) for run in runs)
+def _total(ranges: Iterable[Range]) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
@@ -321,9 +323,9 @@ def _cost(mask: KronMask, blocks: Blocks, kind: str) -> float:
         if members not in columns:
             lists = [every[i] for i in members]
             weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
-            seen = weight * blocks.columns * _visits(_holed(_union(lists)), blocks.columns)
-            steps = sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
-            seen += PATTERN_WEIGHT * blocks.columns * steps
+            seen = weight * (-(-_total(_union(lists)) // blocks.columns))
+            seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
+            seen *= blocks.columns
             seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
             columns[members] = seen + TILE_OVERHEAD
         total += columns[members]
@@ -341,10 +343,10 @@ def choose_tiling(mask: KronMask, candidates: tuple[Blocks, ...]) -> tuple[str, 
 def make_tiling(mask: KronMask, blocks: Blocks, kind: str) -> Tiling:
     """The tiles of a mask under one layout; they cover each query row once and each allowed pair once."""
     lists, layout = key_lists(mask), _layout(mask, blocks.rows, kind)
-    runs = {members: _runs([lists[i] for i in members], blocks.columns) for members in {m for _, m in layout}}
-    visits = {members: sum(_visits(group, blocks.columns) for group in groups) for members, groups in runs.items()}
-    layout = sorted(layout, key=lambda tile: -visits[tile[1]])
-    return Tiling(kind, blocks, tuple(Tile(rows, *runs[members]) for rows, members in layout))
+    keys = {members: _keys([lists[i] for i in members], blocks.columns) for members in {m for _, m in layout}}
+    tiles = [Tile(rows, *keys[members]) for rows, members in layout]
+    tiles.sort(key=lambda tile: -tile.visits(blocks.columns))
+    return Tiling(kind, blocks, tuple(tiles))
 
 
 # ---- tables for a kernel --------------------------------------------------------------------------------------------
@@ -356,25 +358,29 @@ class TileTables:
 
     Attributes:
         rows: `(tiles * BM)`, the row of the sequence, or -1.
-        tiles: `(tiles * 4)`, where the tile's plain, tested and pattern runs begin, and where they end.
-        runs: `(runs * 5)`: start, length, hole_at, hole, pattern.
+        tiles: `(tiles * 7)`: where the tile's runs begin and end; where its blocks of gathered keys begin, those begin that are
+            tested, and end; where its patterns begin and end.
+        runs: `(runs * 4)`: start, length, hole_at, hole.
+        keys: `(gathered blocks * BN)`, the key row, or -1.
         intervals: `(lists * 4)`: start, hole start, hole stop and stop of what the rows of a key list see.
         diagonals: `(lists * num_diagonals)`: first key row of each diagonal's frame, or -1.
-        patterns: `(patterns, Nq, Nk)` uint8.
-        holes, tested, read_patterns: whether any run needs that code.
+        pattern_runs: `(pattern runs * 3)`: palette index, first key row, columns.
+        patterns: `(palette, Nq, Nk)` uint8.
+        tested, read_patterns: whether any tile needs that code.
     """
 
     blocks: Blocks
     num_tiles: int
     num_diagonals: int
-    holes: bool
     tested: bool
     read_patterns: bool
     rows: Tensor
     tiles: Tensor
     runs: Tensor
+    keys: Tensor
     intervals: Tensor
     diagonals: Tensor
+    pattern_runs: Tensor
     patterns: Tensor
 
 
@@ -382,18 +388,32 @@ class TileTables:
 def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device) -> TileTables:
     """The tables of a mask under one layout, made once for each device: O(L) ints and the explicit patterns, nothing else."""
     tiling = make_tiling(mask, blocks, kind)
-    rows, tiles, runs = array("i"), array("i"), array("i")
+    rows, tiles, runs, gathered, pattern_runs = (array("i") for _ in range(5))
+    counting = array("i", range(max(mask.shape)))  # slices of it are copied much faster than ranges are
+    gathered_at: dict[tuple[Range, ...], tuple[int, int]] = {}
+
+    def gather(ranges: tuple[Range, ...]) -> tuple[int, int]:
+        """The blocks of gathered keys, `[first, last)`, which tiles with equal keys share."""
+        if ranges not in gathered_at:
+            first = len(gathered) // blocks.columns
+            for start, stop in ranges:
+                gathered.extend(counting[start:stop])
+            gathered.extend([-1] * (-len(gathered) % blocks.columns))
+            gathered_at[ranges] = (first, len(gathered) // blocks.columns)
+        return gathered_at[ranges]
+
     for tile in tiling.tiles:
-        filled = 0
         for first, count in tile.rows:
-            rows.extend(range(first, first + count))
-            filled += count
-        rows.extend([-1] * (blocks.rows - filled))
-        tiles.append(len(runs) // 5)
-        for group in (tile.plain, tile.tested, tile.patterns):
-            for run in group:
-                runs.extend((run.start, run.length, run.hole_at, run.hole, run.pattern))
-            tiles.append(len(runs) // 5)
+            rows.extend(counting[first : first + count])
+        rows.extend([-1] * (-len(rows) % blocks.rows))
+        tiles.extend((len(runs) // 4, len(runs) // 4 + len(tile.runs)))
+        for run in tile.runs:
+            runs.extend((run.start, run.length, run.hole_at, run.hole))
+        first, last = gather(tile.edges or tile.tested)
+        tiles.extend((first, first if tile.tested else last, last))
+        tiles.extend((len(pattern_runs) // 3, len(pattern_runs) // 3 + len(tile.patterns)))
+        for pattern in tile.patterns:
+            pattern_runs.extend(pattern)
     lists = key_lists(mask)
     number = max(len(keys.diagonals) for keys in lists)
     diagonals = array("i")
@@ -413,13 +433,14 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
         blocks=blocks,
         num_tiles=len(tiling.tiles),
         num_diagonals=number,
-        holes=any(run.hole for tile in tiling.tiles for group in (tile.plain, tile.tested) for run in group),
         tested=any(tile.tested for tile in tiling.tiles),
         read_patterns=any(tile.patterns for tile in tiling.tiles),
         rows=table(rows),
         tiles=table(tiles),
         runs=table(runs),
+        keys=table(gathered),
         intervals=table(intervals),
         diagonals=table(diagonals),
+        pattern_runs=table(pattern_runs),
         patterns=patterns.to(device),
     )

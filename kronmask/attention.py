@@ -68,8 +68,8 @@ def kron_attention(
         key, value: `(B, Hkv, Lk, D)`, Hq a multiple of Hkv (grouped-query attention), same dtype and device.
         mask: of shape `(Lq, Lk)`.
         scale: factor on the scores, `D ** -0.5` by default.
-        backend: "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp), "flex" (FlexAttention),
-            "dense" (the plain reference), or "auto".
+        backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
+            "flex" (FlexAttention), "dense" (the plain reference), or "auto".
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:

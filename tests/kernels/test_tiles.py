@@ -28,17 +28,21 @@ def coverage(mask, tiling):
             rows < mask.prefix, mask.query_frames, (rows - mask.prefix).div(mask.query_tokens, rounding_mode="floor")
         )
         within = (rows - mask.prefix) % mask.query_tokens
-        for runs in (tile.plain, tile.tested, tile.patterns):
-            for run in runs:
-                columns = torch.arange(run.length)
-                keys = run.start + columns + run.hole * (columns >= run.hole_at)
-                seen = torch.ones(len(rows), run.length, dtype=torch.int)
-                if runs is tile.tested:
-                    start, hole, resume, stop = torch.tensor([lists[f].intervals for f in frames]).T[..., None]
-                    seen = ((keys >= start) & (keys < stop) & ~((keys >= hole) & (keys < resume))).int()
-                if runs is tile.patterns:
-                    seen = mask.factor(3 + run.pattern).int()[within][:, columns % mask.key_tokens]
-                visits[rows[:, None], keys] += seen
+        for run in tile.runs:
+            assert run.length % tiling.blocks.columns == run.hole_at % tiling.blocks.columns == 0
+            columns = torch.arange(run.length)
+            visits[rows[:, None], run.start + columns + run.hole * (columns >= run.hole_at)] += 1
+        assert not (tile.edges and tile.tested)
+        for start, stop in tile.edges:
+            visits[rows, start:stop] += 1
+        for first, last in tile.tested:
+            keys = torch.arange(first, last)
+            start, hole, resume, stop = torch.tensor([lists[f].intervals for f in frames]).T[..., None]
+            seen = (keys >= start) & (keys < stop) & ~((keys >= hole) & (keys < resume))
+            visits[rows, first:last] += seen.int()
+        for pattern, start, length in tile.patterns:
+            columns = torch.arange(length) % mask.key_tokens
+            visits[rows, start : start + length] += mask.factor(3 + pattern).int()[within][:, columns]
         for row, frame, position in zip(rows.tolist(), frames.tolist(), within.tolist(), strict=True):
             for start in lists[frame].diagonals:
                 visits[row, start + position] += 1
@@ -131,23 +135,24 @@ def test_the_transpose_of_kmct_is_one_range_for_each_frame():
 
 def test_kmt_is_one_run_with_a_hole():
     tiling = make_tiling(masks.kmt(8, 256), Blocks(128, 64), "packed")
-    assert all(len(tile.plain) == 1 and not tile.tested for tile in tiling.tiles)
+    assert all(len(tile.runs) == 1 and not tile.tested and not tile.edges for tile in tiling.tiles)
+    assert sum(tile.runs[0].hole == 256 for tile in tiling.tiles) == 2 * 6  # the first and last frame have one range
 
 
 @pytest.mark.parametrize("name", ["kmt", "kmct", "temporal", "axial"])
 def test_tables_are_made_in_milliseconds_and_kept(name):
     make_tables(masks.kmt(2, 5), Blocks(64, 64), "packed", torch.device("cpu"))
     took = []
-    for _ in range(3):
+    for _ in range(5):
         for function in (key_lists, tiles._layout):
             function.cache_clear()
         for function in (choose_tiling, make_tiling, make_tables):
             function.cache_clear()
         mask = masks.NAMES[name](32, 577)
-        begin = time.perf_counter()
+        begin = time.thread_time()  # not the wall clock: other tests run beside this one
         kind, blocks = choose_tiling(mask, BLOCKS)
         tables = make_tables(mask, blocks, kind, torch.device("cpu"))
-        took.append(time.perf_counter() - begin)
+        took.append(time.thread_time() - begin)
     assert min(took) < 5e-3
     assert make_tables(masks.NAMES[name](32, 577), blocks, kind, torch.device("cpu")) is tables
-    assert max(t.numel() for t in (tables.rows, tables.runs, tables.diagonals, tables.patterns)) <= 32 * 577 + 128 * 32
+    assert max(t.numel() for t in (tables.rows, tables.runs, tables.keys, tables.diagonals)) <= 2 * 32 * 577

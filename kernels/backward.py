@@ -1,0 +1,367 @@
+"""The backward kernels: one pass for the gradient of the queries, one for those of keys and values; no atomics.
+
+Both walk tiles as the forward does. The query pass has the forward's tiles and also writes `delta = sum(dO * O) - dLSE`, through
+which the gradient of the log-sum-exp enters. The key pass has the tiles of the transposed mask, so that each key row belongs to
+one program, which adds up its query heads in order: equal inputs give equal bits. Probabilities are recomputed as
+`exp(score - lse)`, `dS = P * (dO V^T - delta)`. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kronmask.kernels import primitives
+from kronmask.kernels.config import Config, choose
+from kronmask.kernels.forward import constants, mask_arguments, mask_tables
+from kronmask.kernels.primitives import (
+    LOG2E,
+    diagonal_rows,
+    dot,
+    gather_block,
+    load_block,
+    load_intervals,
+    load_rows,
+    load_run,
+    narrow,
+    pattern_bits,
+    store_rows,
+    tile_rows,
+    unit_stride,
+)
+from kronmask.kernels.tiles import make_tables, transposed
+from kronmask.mask import KronMask
+
+__all__ = ["attention_backward", "backward_key_kernel", "backward_query_kernel"]
+
+
+# ---- gradient of the queries ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def query_step(q, grad, k, v, lse, delta, acc, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the share of one block of keys to `acc (BLOCK_M, BLOCK_D)`; `lse` in base 2."""
+    weights = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - lse[:, None])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    grad_scores = weights * (dot(grad, tl.trans(v), None, PRECISION) - delta[:, None])
+    return dot(narrow(grad_scores, k.dtype, PRECISION), k, acc, PRECISION)
+
+
+@triton.jit
+def query_diagonal(
+    query_base, grad_base, key_base, value_base, rows, keys, query_row, grad_row, key_row, value_row, seen, lse, delta, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The share of one key for each row. It loads all it needs, so that the loops hold none of it in registers."""
+    q = load_rows(query_base, rows, query_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    k = load_rows(key_base, keys, key_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    weight = tl.where(seen, tl.exp2(tl.sum(q * k, 1) * scale - lse), 0.0)
+    grad = load_rows(grad_base, rows, grad_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    v = load_rows(value_base, keys, value_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    return (weight * (tl.sum(grad * v, 1) - delta))[:, None] * k
+
+
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+def backward_query_kernel(
+    query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
+    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    scale, log2_scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    output_batch, output_head, output_row, grad_batch, grad_head, grad_row, grad_query_batch, grad_query_head, grad_query_row,
+    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    HAS_GRAD_LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
+    tile = tl.program_id(0) % num_tiles
+    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    key_base = key + batch * key_batch + head // group * key_head
+    value_base = value + batch * value_batch + head // group * value_head
+
+    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    query_base = query + batch * query_batch + head * query_head
+    grad_base = grad_output + batch * grad_batch + head * grad_head
+    q = load_rows(query_base, rows, query_row, exists, HEAD_DIM, BLOCK_D, True)
+    grad = load_rows(grad_base, rows, grad_row, exists, HEAD_DIM, BLOCK_D, True)
+    o = load_rows(output + batch * output_batch + head * output_head, rows, output_row, exists, HEAD_DIM, BLOCK_D, True)
+    flat = (batch * heads + head) * length + rows
+    log_sum = tl.load(lse + flat, mask=exists, other=float("-inf"))
+    change = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        change -= tl.load(grad_lse + flat, mask=exists, other=0.0)
+    # a query that sees no key has probabilities exp(score - inf) = 0, and no gradient of its LSE passes
+    empty = log_sum == float("-inf")
+    change = tl.where(empty, 0.0, change)
+    log_sum = tl.where(empty, float("inf"), log_sum * 1.4426950408889634)
+    tl.store(delta + flat, change, mask=exists)
+
+    if DIAGONALS == 1:
+        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        acc = query_diagonal(
+            query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
+            log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DIAGONALS > 1:
+        for i in range(num_diagonals):
+            partners, present = diagonal_rows(diagonals, i, num_diagonals, lists, positions, exists, num_frames)
+            acc += query_diagonal(
+                query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
+                log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+
+    extent = tiles_table + tile * 7
+    for run in range(tl.load(extent), tl.load(extent + 1)):
+        start, run_length, hole_at, hole = load_run(runs_table, run)
+        for column in range(0, run_length, BLOCK_N):
+            first_key = start + column + tl.where(column >= hole_at, hole, 0)
+            k = load_block(key_base, first_key, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_block(value_base, first_key, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, False, PRECISION)
+
+    seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
+    whole = tl.load(extent + 3)
+    for block in range(tl.load(extent + 2), tl.load(extent + 4)):
+        keys, valid, allowed = gather_block(
+            keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
+        )
+        k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
+        acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+
+    if PATTERNS:
+        offsets = tl.arange(0, BLOCK_N)
+        for run in range(tl.load(extent + 5), tl.load(extent + 6)):
+            pattern = tl.load(pattern_runs + run * 3)
+            start = tl.load(pattern_runs + run * 3 + 1)
+            run_length = tl.load(pattern_runs + run * 3 + 2)
+            for column in range(0, run_length, BLOCK_N):
+                valid = column + offsets < run_length
+                keys = start + column + offsets
+                k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
+                v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
+                allowed = pattern_bits(
+                    patterns, pattern, positions, column + offsets, exists, valid, tokens, other_tokens
+                )
+                acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+
+    grad_query += batch * grad_query_batch + head * grad_query_head
+    store_rows(grad_query, rows, grad_query_row, acc * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
+
+
+# ---- gradients of keys and values -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def key_step(
+    k, v, q, grad, lse, delta, grad_k, grad_v, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Adds the share of one block of queries to the gradients `(BLOCK_M, BLOCK_D)` of a tile's keys and values."""
+    weights = tl.exp2(dot(k, tl.trans(q), None, PRECISION) * scale - (lse * 1.4426950408889634)[None, :])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    grad_v = dot(narrow(weights, grad.dtype, PRECISION), grad, grad_v, PRECISION)
+    grad_scores = weights * (dot(v, tl.trans(grad), None, PRECISION) - delta[None, :])
+    grad_k = dot(narrow(grad_scores, q.dtype, PRECISION), q, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
+def key_diagonal(
+    query_base, grad_base, key_base, value_base, lse, delta, queries, rows, query_row, grad_row, key_row, value_row, seen, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The share of one query for each row. It loads all it needs, so that the loops hold none of it in registers."""
+    log_sum = tl.load(lse + queries, mask=seen, other=0.0) * 1.4426950408889634
+    change = tl.load(delta + queries, mask=seen, other=0.0)
+    q = load_rows(query_base, queries, query_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    k = load_rows(key_base, rows, key_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    weight = tl.where(seen, tl.exp2(tl.sum(q * k, 1) * scale - log_sum), 0.0)
+    grad = load_rows(grad_base, queries, grad_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    v = load_rows(value_base, rows, value_row, seen, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
+
+
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+def backward_key_kernel(
+    query, key, value, grad_output, lse, delta, grad_key, grad_value,
+    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    scale, log2_scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    grad_batch, grad_head, grad_row,
+    grad_key_batch, grad_key_head, grad_key_row, grad_value_batch, grad_value_head, grad_value_row,
+    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * Hkv)`. The tables are the transposed mask's."""
+    tile = tl.program_id(0) % num_tiles
+    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+
+    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    key_base = key + batch * key_batch + head * key_head
+    value_base = value + batch * value_batch + head * value_head
+    k = load_rows(key_base, rows, key_row, exists, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(value_base, rows, value_row, exists, HEAD_DIM, BLOCK_D, True)
+
+    if DIAGONALS == 1:
+        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        flat = (batch * heads + head) * length
+        grad_k, grad_v = key_diagonal(
+            query + batch * query_batch + head * query_head, grad_output + batch * grad_batch + head * grad_head,
+            key_base, value_base, lse + flat, delta + flat, partners, rows, query_row, grad_row, key_row, value_row, present,
+            log2_scale, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    else:
+        grad_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        grad_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DIAGONALS > 1:
+        for step in range(group * num_diagonals):
+            query_head_index = head * group + step // num_diagonals
+            index = step % num_diagonals
+            partners, present = diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames)
+            flat = (batch * heads * group + query_head_index) * length
+            share_k, share_v = key_diagonal(
+                query + batch * query_batch + query_head_index * query_head,
+                grad_output + batch * grad_batch + query_head_index * grad_head,
+                key_base, value_base, lse + flat, delta + flat, partners, rows, query_row, grad_row, key_row, value_row, present,
+                log2_scale, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            grad_k += share_k
+            grad_v += share_v
+
+    offsets = tl.arange(0, BLOCK_N)
+    extent = tiles_table + tile * 7
+
+    for query_head_index in range(head * group, (head + 1) * group):
+        query_base = query + batch * query_batch + query_head_index * query_head
+        grad_base = grad_output + batch * grad_batch + query_head_index * grad_head
+        lse_base = lse + (batch * heads * group + query_head_index) * length
+        delta_base = delta + (batch * heads * group + query_head_index) * length
+
+        for run in range(tl.load(extent), tl.load(extent + 1)):
+            start, run_length, hole_at, hole = load_run(runs_table, run)
+            for column in range(0, run_length, BLOCK_N):
+                first_query = start + column + tl.where(column >= hole_at, hole, 0)
+                q = load_block(query_base, first_query, query_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                grad = load_block(grad_base, first_query, grad_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                log_sum = tl.load(lse_base + first_query + offsets)
+                change = tl.load(delta_base + first_query + offsets)
+                grad_k, grad_v = key_step(
+                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, False, PRECISION
+                )
+
+        seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
+        whole = tl.load(extent + 3)
+        for block in range(tl.load(extent + 2), tl.load(extent + 4)):
+            queries, valid, allowed = gather_block(
+                keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
+            )
+            q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
+            grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
+            log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
+            change = tl.load(delta_base + queries, mask=valid, other=0.0)
+            grad_k, grad_v = key_step(
+                k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
+            )
+
+        if PATTERNS:
+            for run in range(tl.load(extent + 5), tl.load(extent + 6)):
+                pattern = tl.load(pattern_runs + run * 3)
+                start = tl.load(pattern_runs + run * 3 + 1)
+                run_length = tl.load(pattern_runs + run * 3 + 2)
+                for column in range(0, run_length, BLOCK_N):
+                    columns = column + offsets
+                    valid = columns < run_length
+                    queries = start + columns
+                    q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
+                    grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
+                    log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
+                    change = tl.load(delta_base + queries, mask=valid, other=0.0)
+                    allowed = pattern_bits(patterns, pattern, positions, columns, exists, valid, tokens, other_tokens)
+                    grad_k, grad_v = key_step(
+                        k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
+                    )
+
+    grad_key += batch * grad_key_batch + head * grad_key_head
+    grad_value += batch * grad_value_batch + head * grad_value_head
+    store_rows(grad_key, rows, grad_key_row, grad_k * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
+    store_rows(grad_value, rows, grad_value_row, grad_v, exists, HEAD_DIM, BLOCK_D, PRECISION)
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+
+def attention_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: KronMask,
+    scale: float,
+    query_config: Config | None = None,
+    key_config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention under a mask, equal to the bit from run to run.
+
+    Args:
+        grad_output: `(B, Hq, Lq, D)`, any strides.
+        grad_lse: `(B, Hq, Lq)` or None.
+        query, key, value, mask, scale: those of the forward; `output` and `lse`: its results.
+        query_config, key_config: the configurations to run instead of those chosen for the device.
+
+    Returns:
+        The gradients of query `(B, Hq, Lq, D)`, key and value `(B, Hkv, Lk, D)`, physically `(B, L, H, D)`.
+    """
+    batch, heads, length, head_dim = query.shape
+    key_heads, device = key.shape[1], query.device
+    grad_query, grad_key, grad_value = (
+        primitives.empty(batch, x.shape[2], x.shape[1], head_dim, dtype=x.dtype, device=device).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    if not query.numel():
+        return grad_query, grad_key, grad_value
+    delta = primitives.empty(batch, heads, length, dtype=torch.float32, device=device)
+    query, key, value, output = (unit_stride(x) for x in (query, key, value, output))
+    grad_output, lse = unit_stride(grad_output.to(query.dtype)), lse.contiguous()
+    given_lse = lse if grad_lse is None else grad_lse.float().contiguous()
+
+    reverse = transposed(mask)
+
+    def launch_query(config: Config) -> None:
+        tables = make_tables(mask, config.blocks, config.kind, device)
+        backward_query_kernel[(tables.num_tiles * batch * heads,)](
+            query, key, value, output, grad_output, lse, given_lse, delta, grad_query, *mask_tables(tables),
+            scale, scale * LOG2E,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad_output.stride()[:3],
+            *grad_query.stride()[:3],
+            tables.num_tiles, heads, heads // key_heads, length, *mask_arguments(mask, tables),
+            HAS_GRAD_LSE=grad_lse is not None, **constants(query, config, tables),
+        )  # fmt: skip
+
+    def launch_key(config: Config) -> None:
+        tables = make_tables(reverse, config.blocks, config.kind, device)
+        backward_key_kernel[(tables.num_tiles * batch * key_heads,)](
+            query, key, value, grad_output, lse, delta, grad_key, grad_value, *mask_tables(tables),
+            scale, scale * LOG2E,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
+            *grad_key.stride()[:3], *grad_value.stride()[:3],
+            tables.num_tiles, key_heads, heads // key_heads, length, *mask_arguments(reverse, tables),
+            **constants(query, config, tables, heads // key_heads),
+        )  # fmt: skip
+
+    launch_query(
+        query_config or choose("backward_query", mask, query, launch_query)
+    )  # writes delta, which the key pass reads
+    launch_key(key_config or choose("backward_key", reverse, query, launch_key))
+    return grad_query, grad_key, grad_value
