@@ -360,8 +360,8 @@ def attention_backward(
             **constants(query, config, tables, heads // key_heads),
         )  # fmt: skip
 
-    launch_query(
-        query_config or choose("backward_query", mask, query, launch_query)
-    )  # writes delta, which the key pass reads
-    launch_key(key_config or choose("backward_key", reverse, query, launch_key))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        # the query pass first: it writes the delta that the key pass reads
+        launch_query(query_config or choose("backward_query", mask, query, launch_query))
+        launch_key(key_config or choose("backward_key", reverse, query, launch_key))
     return grad_query, grad_key, grad_value

@@ -1,9 +1,10 @@
 """Which layout, block sizes, warps and pipeline stages each kernel runs with.
 
-A table gives, for an architecture, head dimension and precision, one or two block sizes that compile without spilled registers
-and fit in shared memory (`python -m kronmask.kernels.report` shows both); the cost model of `tiles` then picks among these and
-the layouts for the mask at hand. With KRONMASK_AUTOTUNE=1 the candidates are timed on the user's GPU instead, once for each
-mask and shape, and the fastest is kept on disk.
+A table gives, for an architecture, head dimension and precision, one or two block sizes. For head dimensions 64 and 128 in
+bfloat16 these compile without spilled registers and fit in shared memory, which `python -m kronmask.kernels.report` shows and a
+test holds; other head dimensions are filled up to a power of two, and some of their kernels spill. The cost model of `tiles` then
+picks among the options and the layouts for the mask at hand. The table rests on compiled code, not on timings; with
+KRONMASK_AUTOTUNE=1 its candidates are timed on the user's GPU, once for each mask and shape, and the fastest is kept on disk.
 """
 
 from __future__ import annotations

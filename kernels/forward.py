@@ -170,7 +170,8 @@ def attention_forward(
             **constants(query, config, tables),
         )  # fmt: skip
 
-    launch(config or choose("forward", mask, query, launch))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        launch(config or choose("forward", mask, query, launch))
     return output, lse
 
 
