@@ -1,19 +1,34 @@
-"""From a mask to what a backend executes: rectangles of tokens, own positions, and explicit patterns.
+"""From a mask to what a backend executes: rectangles of tokens, own positions, and small masked blocks.
 
-The frame table is cut into squares that halve until each holds one code (a quadtree). For KMT and KMCT these are the rectangles
-of the butterfly: at each level one half of the frames attends to its sibling, so log2(T) batched calls cover exactly the pairs
-of different frames. Equal rectangles at equal distances are one batched call.
+The frame table is cut recursively. A block of one code is a rectangle in which all pairs may attend. Any other block is cut into
+halves both ways, or into its query frames with their runs of key frames, or, where that is cheaper, computed whole under a mask
+of its own size. Halves make the butterfly for KMT and KMCT: at each level one half of the frames attends to its sibling, so
+log2(T) batched calls cover exactly the pairs of different frames. Short frames are cheaper in fewer, masked calls. Which cut is
+least work is estimated by `_call_cost`. Equal blocks at equal distances are one batched call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
-from kronmask.mask import FIRST_PATTERN, FULL, IDENTITY, KronMask
+from kronmask.mask import EMPTY, FIRST_PATTERN, FULL, IDENTITY, KronMask
 
 __all__ = ["Plan", "Rectangles", "make_plan"]
+
+# The cost model, in units of one query by one key. It was fitted to torch's CPU flash kernel, float32, D = 64, in calls of 50 to
+# 1576 rows by 50 to 1576 keys: a block of rows has a fixed cost that few keys do not pay for, and calls of fewer than 768 rows
+# run in smaller blocks.
+KEY_OVERHEAD = 55  # keys' worth of work that a row costs whatever it sees
+ROW_OVERHEAD = 12  # rows' worth of work that a key costs
+SMALL_BLOCKS = 1.06
+MASKED = 1.12  # adding a bias
+CALL = 1500  # pairs' worth of work, for each head, to start a call and merge its LSE
+OWN = 50  # a row-wise product, and its merge
+LARGEST_MASK = 2**20  # pairs of a masked block of several query frames
+LARGEST_PATTERN = 2**22  # pairs of a masked block of one query frame; longer runs of frames are cut
 
 
 @dataclass(frozen=True)
@@ -36,99 +51,181 @@ class Plan:
     Attributes:
         own: rectangles of which only the diagonal may attend (each query one key), where a query frame sees its own position in
             at most one frame.
-        positions: `(Tq, Tk)` table of the frames in which each position sees itself, where there are several; else None.
+        positions: the mask over frames alone (of one token a frame) under which each position sees itself, where a query frame
+            sees its own position in several frames; else None.
         rectangles: all pairs may attend.
-        patterns: for each explicit pattern its code and rectangles of one query frame by whole key frames.
+        masked: masks of blocks, and the rectangles that attend under them.
         complete: each query row is written by a part that is the `first` to reach it.
+        is_one_call: one rectangle or masked block, of all queries and all keys, is all there is.
     """
 
     own: tuple[Rectangles, ...]
-    positions: tuple[tuple[bool, ...], ...] | None
+    positions: KronMask | None
     rectangles: tuple[Rectangles, ...]
-    patterns: tuple[tuple[int, tuple[Rectangles, ...]], ...]
+    masked: tuple[tuple[KronMask, Rectangles], ...]
     complete: bool
+    is_one_call: bool
+
+
+Table = tuple[tuple[int, ...], ...]
+
+
+class Cell(NamedTuple):
+    """A block of the frame table that is one rectangle; `codes` are None where all pairs may attend."""
+
+    query: int
+    query_frames: int
+    key: int
+    key_frames: int
+    codes: Table | None
 
 
 @lru_cache(maxsize=1024)
-def make_plan(mask: KronMask) -> Plan:
-    """The plan of a mask; pure, and remembered for each mask."""
+def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
+    """The plan of a mask; pure, and remembered for each mask.
+
+    `masked_blocks` says whether blocks of several query frames may be computed under a mask; one query frame under an explicit
+    pattern always is.
+    """
     table, prefix = mask.codes, mask.prefix
     length, key_length = mask.shape
 
-    identity = [[k for k, code in enumerate(row) if code == IDENTITY] for row in table]
-    own: tuple[Rectangles, ...] = ()
     positions = None
-    if all(len(keys) <= 1 for keys in identity):
-        cells = [(q, 1, keys[0], 1) for q, keys in enumerate(identity) if keys]
-        own = tuple(_joined(group) for group in _batched(cells, mask))
-    else:
-        positions = tuple(tuple(code == IDENTITY for code in row) for row in table)
+    if any(row.count(IDENTITY) > 1 for row in table):
+        positions = KronMask([[code == IDENTITY for code in row] for row in table], tokens=1)
+        table = tuple(tuple(EMPTY if code == IDENTITY else code for code in row) for row in table)
 
-    whole = Rectangles(prefix, prefix, length - prefix, key_length - prefix)
-    full = [_square(0, len(table), 0, len(table[0]), lambda q, k: table[q][k] == FULL)]
-    rectangles = _batched([cell for cells in full for cell in cells], mask)
+    cost, cells = _Cutter(mask, masked_blocks).cut(table)
+    if masked_blocks and length * key_length <= LARGEST_MASK:
+        if positions is not None:
+            cost += mask.query_tokens * _call_cost(mask.query_frames, mask.key_frames)
+        if prefix:
+            cost += _call_cost(prefix, key_length) + _call_cost(length - prefix, prefix)
+        if _call_cost(length, key_length, MASKED) < cost and any(cell.codes for cell in cells):
+            whole = Rectangles(0, 0, length, key_length, first=True)
+            return Plan((), None, (), ((mask, whole),), True, True)
+
+    own = _batched([cell for cell in cells if cell.codes == ((IDENTITY,),)], mask)
+    full = _batched([cell for cell in cells if cell.codes is None], mask)
     if prefix:
-        rectangles += [
-            Rectangles(0, 0, prefix, key_length),
-            replace(whole, key=0, key_rows=prefix),
-        ]
-    rectangles.sort(key=lambda r: -r.query_rows * r.key_rows * r.count)
-
-    patterns = []
-    for code in range(FIRST_PATTERN, FIRST_PATTERN + len(mask.palette)):
-        runs = [(q, 1, start, stop - start) for q, row in enumerate(table) for start, stop in _runs(row, code)]
-        patterns.append((code, tuple(_batched(runs, mask))))
+        full.append(Rectangles(0, 0, prefix, key_length))
+        full.append(Rectangles(prefix, 0, length - prefix, prefix))
+    full.sort(key=lambda part: -part.query_rows * part.key_rows * part.count)
+    under: dict[Table, list[Cell]] = {}
+    for cell in cells:
+        if cell.codes is not None and cell.codes != ((IDENTITY,),):
+            under.setdefault(cell.codes, []).append(cell)
+    palette = [mask.factor(FIRST_PATTERN + i) for i in range(len(mask.palette))]
+    masked = []
+    for codes, group in under.items():
+        block = KronMask(codes, palette, tokens=(mask.query_tokens, mask.key_tokens))
+        masked += [(block, part) for part in _batched(group, mask)]
 
     reached = [False] * length
     if positions is not None:
         reached[prefix:] = [True] * (length - prefix)
-    own = tuple(_reach(part, reached) for part in own)
-    rectangles = [_reach(part, reached) for part in rectangles]
-    patterns = [(code, tuple(_reach(part, reached) for part in parts)) for code, parts in patterns]
-    written = [False] * length
-    if positions is not None:
-        written[prefix:] = [True] * (length - prefix)
-    for part in (*own, *rectangles, *(part for _, parts in patterns for part in parts)):
-        if part.first:
-            _reach(part, written)
-    return Plan(own, positions, tuple(rectangles), tuple(patterns), all(written))
+    written = reached.copy()
+
+    def reach(part: Rectangles) -> Rectangles:
+        rows = [slice(q, q + part.query_rows) for q in (part.query + i * part.step for i in range(part.count))]
+        first = not any(any(reached[span]) for span in rows)
+        for span in rows:
+            reached[span] = [True] * part.query_rows
+            if first:
+                written[span] = [True] * part.query_rows
+        return replace(part, first=first)
+
+    own = [reach(_joined(part)) for part in own]
+    full = [reach(part) for part in full]
+    masked = [(block, reach(part)) for block, part in masked]
+    calls = [*full, *(part for _, part in masked)]
+    is_one_call = not own and positions is None and [(c.query_rows, c.key_rows) for c in calls] == [mask.shape]
+    return Plan(tuple(own), positions, tuple(full), tuple(masked), all(written), is_one_call)
 
 
-Cell = tuple[int, int, int, int]  # first query frame, query frames, first key frame, key frames
+def _call_cost(rows: int, keys: int, weight: float = 1.0) -> float:
+    block = 1.0 if rows >= 768 else SMALL_BLOCKS
+    return weight * block * (rows + ROW_OVERHEAD) * (keys + KEY_OVERHEAD) + CALL
 
 
-def _square(q: int, q_size: int, k: int, k_size: int, inside: Callable[[int, int], bool]) -> Iterator[Cell]:
-    """The maximal squares of the quadtree over the frame table that lie wholly inside."""
-    hits = sum(inside(i, j) for i in range(q, q + q_size) for j in range(k, k + k_size))
-    if hits == q_size * k_size:
-        yield q, q_size, k, k_size
-    elif hits:
-        for i, i_size in _halves(q, q_size):
-            for j, j_size in _halves(k, k_size):
-                yield from _square(i, i_size, j, j_size, inside)
+class _Cutter:
+    """Cuts a table into cells of least estimated cost; what equal tables cost is remembered."""
+
+    def __init__(self, mask: KronMask, masked_blocks: bool) -> None:
+        self.query_tokens, self.key_tokens, self.masked_blocks = mask.query_tokens, mask.key_tokens, masked_blocks
+        self.known: dict[Table, tuple[float, list[Cell]]] = {}
+
+    def cut(self, table: Table) -> tuple[float, list[Cell]]:
+        if table not in self.known:
+            self.known[table] = self._cut(table)
+        return self.known[table]
+
+    def _cut(self, table: Table) -> tuple[float, list[Cell]]:
+        query_frames, key_frames = len(table), len(table[0])
+        codes = {code for row in table for code in row}
+        if codes == {EMPTY}:
+            return 0.0, []
+        if codes == {FULL}:
+            return self._cell(0, query_frames, 0, key_frames, None)
+        if query_frames == 1:
+            return self._runs(table[0])
+        options = [self._joint([((row,), q, 0) for q, row in enumerate(table)])]
+        if key_frames > 1:
+            rows, columns = _halves(query_frames), _halves(key_frames)
+            parts = [(tuple(row[c:d] for row in table[a:b]), a, c) for a, b in rows for c, d in columns]
+            options.append(self._joint(parts))
+        if self.masked_blocks and query_frames * self.query_tokens * key_frames * self.key_tokens <= LARGEST_MASK:
+            options.append(self._cell(0, query_frames, 0, key_frames, table))
+        return min(options, key=lambda option: option[0])
+
+    def _runs(self, row: tuple[int, ...]) -> tuple[float, list[Cell]]:
+        """One query frame: each run of one code is a cell, and each identity."""
+        longest = max(1, LARGEST_PATTERN // (self.query_tokens * self.key_tokens))
+        total, cells = 0.0, list[Cell]()
+        for code, start, stop in _runs(row):
+            step = 1 if code == IDENTITY else stop - start if code == FULL else longest
+            for k in range(start, stop, step) if code != EMPTY else ():
+                size = min(step, stop - k)
+                cost, cell = self._cell(0, 1, k, size, None if code == FULL else ((code,) * size,))
+                total, cells = total + cost, cells + cell
+        return total, cells
+
+    def _joint(self, parts: list[tuple[Table, int, int]]) -> tuple[float, list[Cell]]:
+        total, cells = 0.0, list[Cell]()
+        for table, q, k in parts:
+            cost, inner = self.cut(table)
+            total += cost
+            cells += [cell._replace(query=q + cell.query, key=k + cell.key) for cell in inner]
+        return total, cells
+
+    def _cell(self, q: int, q_size: int, k: int, k_size: int, codes: Table | None) -> tuple[float, list[Cell]]:
+        rows, keys = q_size * self.query_tokens, k_size * self.key_tokens
+        if codes == ((IDENTITY,),):
+            cost = float(OWN * rows)
+        else:
+            cost = _call_cost(rows, keys, MASKED if codes else 1.0)
+        return cost, [Cell(q, q_size, k, k_size, codes)]
 
 
-def _halves(start: int, size: int) -> list[tuple[int, int]]:
+def _halves(size: int) -> list[tuple[int, int]]:
     half = size // 2
-    return [(start, half), (start + half, size - half)] if half else [(start, size)]
+    return [(0, half), (half, size)] if half else [(0, size)]
 
 
-def _runs(row: tuple[int, ...], code: int) -> Iterator[tuple[int, int]]:
-    """The maximal ranges `[start, stop)` of key frames with this code."""
-    start = None
-    for k, current in enumerate((*row, -1)):
-        if current == code and start is None:
+def _runs(row: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """The maximal runs of one code: code, start and stop."""
+    start = 0
+    for k in range(1, len(row) + 1):
+        if k == len(row) or row[k] != row[start]:
+            yield row[start], start, k
             start = k
-        elif current != code and start is not None:
-            yield start, k
-            start = None
 
 
 def _batched(cells: list[Cell], mask: KronMask) -> list[Rectangles]:
     """Cells of equal size and equal distance from the diagonal, at equal steps, as one batch; frames become tokens."""
     families: dict[tuple[int, int, int], list[int]] = {}
-    for q, q_size, k, k_size in cells:
-        families.setdefault((q_size, k_size, k - q), []).append(q)
+    for cell in cells:
+        families.setdefault((cell.query_frames, cell.key_frames, cell.key - cell.query), []).append(cell.query)
     batches = []
     for (q_size, k_size, distance), starts in families.items():
         starts.sort()
@@ -160,13 +257,3 @@ def _joined(batch: Rectangles) -> Rectangles:
         return batch
     rows = batch.count * batch.query_rows
     return replace(batch, query_rows=rows, key_rows=rows, count=1, step=0)
-
-
-def _reach(part: Rectangles, reached: list[bool]) -> Rectangles:
-    """The part with `first` set if no earlier part reached any of its query rows; marks them as reached."""
-    first = True
-    for i in range(part.count):
-        rows = slice(part.query + i * part.step, part.query + i * part.step + part.query_rows)
-        first &= not any(reached[rows])
-        reached[rows] = [True] * part.query_rows
-    return replace(part, first=first)

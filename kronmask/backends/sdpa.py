@@ -2,7 +2,8 @@
 
 Each part of the plan is a call of a kernel that returns its log-sum-exp; parts of the same query merge by it, and the self token
 of KMT and KMCT is the initial state of the merge. The kernels' backwards take the merged output and LSE, which makes the gradient
-of each part exact. No tensor of L x L is made, and the backward has no atomics of its own.
+of each part exact. The backward has no atomics of its own. A mask is made for explicit patterns, and on the CPU for blocks of at
+most 2**20 pairs where `plan` finds one masked call cheaper than several; it is kept for the next call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from einops import reduce
 from torch import Tensor
 
 from kronmask.mask import KronMask
-from kronmask.plan import Rectangles, make_plan
+from kronmask.plan import Plan, Rectangles, make_plan
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -35,7 +36,11 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value)))
     batch, heads, length, head_dim = query.shape
-    plan = make_plan(mask)
+    plan = _plan(mask, query)
+    if plan.is_one_call and query.numel():
+        ((_, bias, empty),) = _calls(plan, query)
+        output, lse = _flash(query, key, value, scale, bias, empty)
+        return _as_stored(output), lse.contiguous()
     # half-precision parts are merged in float32, so that the merge rounds once
     output = query.new_empty(batch, length, heads, head_dim, dtype=torch.float32).transpose(1, 2)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -47,23 +52,16 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
 
     for part in plan.own:
         for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
-            own_lse = (q.float() * k).sum(-1).mul_(scale)
-            _merge(o, s[..., 0], v, own_lse, part.first)
+            torch.mul(q.float(), k, out=o)  # nothing is in these rows yet: they hold the products
+            own_lse = o.sum(-1).mul_(scale)
+            _merge(o, s[..., 0], v, own_lse, first=True)
     if plan.positions is not None:
-        table = torch.tensor(plan.positions, device=query.device)
-        bias, empty = _bias(table, query.dtype)
+        bias, empty = _bias(plan.positions, query.dtype, query.device)
         for q, k, v, o, s in _position_views(mask, "qkkqq", query, key, value, output, lse[..., None]):
-            part_output, part_lse = _flash(q, k, v, scale, bias)
-            _merge(o, s[..., 0], part_output, part_lse.masked_fill(empty, float("-inf")), first=True)
-    for part in plan.rectangles:
+            _merge(o, s[..., 0], *_flash(q, k, v, scale, bias, empty), first=True)
+    for part, bias, empty in _calls(plan, query):
         for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
-            _merge(o, s[..., 0], *_flash(q, k, v, scale), part.first)
-    for code, parts in plan.patterns:
-        for part in parts:
-            bias, empty = _bias(_pattern(mask, code, part), query.dtype, query.device)
-            for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
-                part_output, part_lse = _flash(q, k, v, scale, bias)
-                _merge(o, s[..., 0], part_output, part_lse.masked_fill(empty, float("-inf")), part.first)
+            _merge(o, s[..., 0], *_flash(q, k, v, scale, bias, empty), part.first, empty is not None)
     return output.to(query.dtype), lse
 
 
@@ -80,69 +78,89 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     key_heads, head_dim, dtype = key.shape[1], query.shape[3], query.dtype
     query, key, value, grad_output = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value), grad_output))
-    plan = make_plan(mask)
-    grads = [
-        torch.zeros(x.shape[0], x.shape[2], x.shape[1], head_dim, dtype=torch.float32, device=x.device).transpose(1, 2)
-        for x in (query, key, value)
-    ]
-    grad_query, grad_key, grad_value = grads
+    plan = _plan(mask, query)
     # the probabilities exp(score - lse) of a query that sees no key are 0
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    if plan.is_one_call and query.numel() and grad_lse is None:
+        ((_, bias, _),) = _calls(plan, query)
+        part_grads = _flash_backward(grad_output, query, key, value, output, lse[..., 0], scale, bias)
+        grad_query, grad_key, grad_value = (_as_stored(grad) for grad in part_grads)
+        return grad_query, _sum_heads(grad_key, key_heads), _sum_heads(grad_value, key_heads)
 
-    delta = (grad_output.float() * output).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta -= grad_lse[..., None]
+    grads: tuple[Tensor, ...] = tuple(
+        torch.zeros(x.shape[0], x.shape[2], x.shape[1], head_dim, dtype=torch.float32, device=x.device).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    grad_query, grad_key, grad_value = grads
     for part in plan.own:
-        tensors = (query, key, value, grad_output, lse, delta, grad_query, grad_key, grad_value)
-        for q, k, v, g, s, d, dq, dk, dv in _pieces(part, "qkkqqqqkk", *tensors):
-            q, k = q.float(), k.float()
-            probability = ((q * k).sum(-1, keepdim=True) * scale - s).exp_()
-            grad_score = probability * ((g.float() * v).sum(-1, keepdim=True) - d) * scale
-            dq.addcmul_(grad_score, k)
+        tensors: tuple[Tensor, ...] = (query, key, value, grad_output, output, lse, *grads)
+        if grad_lse is not None:
+            tensors += (grad_lse[..., None],)
+        for q, k, v, g, o, s, dq, dk, dv, *ds in _pieces(part, "qkkqqqqkkq"[: len(tensors)], *tensors):
+            q, g = q.float(), g.float()
+            # nothing is in these rows of dq yet: they hold the products
+            delta = torch.mul(g, o, out=dq).sum(-1, keepdim=True)
+            if ds:
+                delta -= ds[0]
+            probability = (torch.mul(q, k, out=dq).sum(-1, keepdim=True).mul_(scale) - s).exp_()
+            grad_score = (torch.mul(g, v, out=dq).sum(-1, keepdim=True) - delta).mul_(probability).mul_(scale)
+            torch.mul(grad_score, k, out=dq)
             dk.addcmul_(grad_score, q)
-            dv.addcmul_(probability, g.float())
+            dv.addcmul_(probability, g)
 
     if grad_lse is not None:
         # The kernels know no gradient of the LSE, but they subtract sum(dO * O): one more column, dO = 1 and O = -dLSE, adds it.
         query, key, value = (torch.nn.functional.pad(x, (0, 8)) for x in (query, key, value))
         grad_output = torch.nn.functional.pad(torch.nn.functional.pad(grad_output, (0, 1), value=1.0), (0, 7))
         output = torch.nn.functional.pad(torch.cat([output, -grad_lse[..., None].to(dtype)], -1), (0, 7))
-    tensors = (query, key, value, grad_output, output, lse, grad_query, grad_key, grad_value)
+    tensors = (query, key, value, grad_output, output, lse, *grads)
     roles = "qkkqqqqkk"
 
-    def accumulate(views: Iterator[tuple[Tensor, ...]], bias: Tensor | None = None) -> None:
+    def accumulate(views: Iterator[tuple[Tensor, ...]], bias: Tensor | None) -> None:
         for q, k, v, g, o, s, *totals in views:
             for total, part_grad in zip(totals, _flash_backward(g, q, k, v, o, s[..., 0], scale, bias), strict=True):
                 total += part_grad[..., :head_dim]
 
-    if plan.positions is not None:
-        bias, _ = _bias(torch.tensor(plan.positions, device=query.device), dtype)
-        accumulate(_position_views(mask, roles, *tensors), bias)
-    for part in plan.rectangles:
-        accumulate(_pieces(part, roles, *tensors))
-    for code, parts in plan.patterns:
-        for part in parts:
-            bias, _ = _bias(_pattern(mask, code, part), dtype, query.device)
-            accumulate(_pieces(part, roles, *tensors), bias)
+    if query.numel() and plan.positions is not None:
+        accumulate(_position_views(mask, roles, *tensors), _bias(plan.positions, dtype, query.device)[0])
+    for part, bias, _ in _calls(plan, query) if query.numel() else ():
+        accumulate(_pieces(part, roles, *tensors), bias)
 
     grad_key, grad_value = (_sum_heads(g, key_heads) for g in (grad_key, grad_value))
     return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
 
 
+def _plan(mask: KronMask, query: Tensor) -> Plan:
+    """On CUDA only explicit patterns are computed under a mask: the kernel that takes one is not the fast one there."""
+    return make_plan(mask, masked_blocks=query.device.type == "cpu")
+
+
+def _calls(plan: Plan, query: Tensor) -> Iterator[tuple[Rectangles, Tensor | None, Tensor | None]]:
+    """The rectangles, each with its bias and its queries that see no key if it has a mask."""
+    for part in plan.rectangles:
+        yield part, None, None
+    for block, part in plan.masked:
+        yield part, *_bias(block, query.dtype, query.device)
+
+
 # ---- merging --------------------------------------------------------------------------------------------------------
 
 
-def _merge(output: Tensor, lse: Tensor, part_output: Tensor, part_lse: Tensor, first: bool) -> None:
+def _merge(
+    output: Tensor, lse: Tensor, part_output: Tensor, part_lse: Tensor, first: bool, masked: bool = False
+) -> None:
     """Add a part's share to `output (B, H, rows, D)` and `lse (B, H, rows)`, in place.
 
-    The weights are those of one softmax over both: `w = exp(part_lse) / (exp(lse) + exp(part_lse))`.
+    The weights are those of one softmax over both: `w = exp(part_lse) / (exp(lse) + exp(part_lse))`. In a `masked` part a row
+    may have seen no key.
     """
     if first:
         output.copy_(part_output)
         lse.copy_(part_lse)
         return
-    # where the part has seen no key its weight is 0, also if nothing before it has (-inf - -inf); other NaNs stay NaN
-    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse.isneginf(), 0.0)
+    weight = torch.sigmoid(part_lse - lse)
+    if masked:  # there the weight is 0, also if nothing before has seen a key (-inf - -inf); other NaNs stay NaN
+        weight.masked_fill_(part_lse.isneginf(), 0.0)
     output.lerp_(part_output.to(output.dtype), weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
 
@@ -196,6 +214,11 @@ def _position_views(mask: KronMask, roles: str, *tensors: Tensor) -> Iterator[tu
         yield tuple(views)
 
 
+def _as_stored(tensor: Tensor) -> Tensor:
+    """`(B, H, L, D)`, physically `(B, L, H, D)`."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -211,18 +234,13 @@ def _sum_heads(grad: Tensor, heads: int) -> Tensor:
     return reduce(grad.transpose(1, 2), "b l (h g) d -> b l h d", "sum", h=heads).transpose(1, 2)
 
 
-# ---- explicit patterns ----------------------------------------------------------------------------------------------
+# ---- masked blocks --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def _pattern(mask: KronMask, code: int, part: Rectangles) -> Tensor:
-    """The pattern of one query frame against the part's key frames, `(Nq, frames * Nk)` boolean."""
-    return mask.factor(code).repeat(1, part.key_rows // mask.key_tokens)
-
-
-def _bias(allowed: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """What the kernels add to the scores, and the rows in which no key is allowed (the kernels' LSE of these is not -inf)."""
-    allowed = allowed.to(device)
+@lru_cache(maxsize=8)
+def _bias(block: KronMask, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the kernels add to the scores, and the rows that see no key: the kernels' LSE of these is not -inf."""
+    allowed = block.dense(device)
     rows, columns = allowed.shape
     # CUDA's kernel wants rows that start at multiples of 16 bytes
     storage = torch.zeros(rows, -(-columns // 16) * 16, dtype=dtype, device=allowed.device)
@@ -234,9 +252,16 @@ def _bias(allowed: Tensor, dtype: torch.dtype, device: torch.device | None = Non
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, empty: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output `(B, H, Lq, D)` and LSE `(B, H, Lq)` float32 of plain attention."""
+    """Output `(B, H, Lq, D)` and LSE `(B, H, Lq)` float32 of plain attention with a bias; rows that are `empty` have LSE -inf."""
+    output, lse = _flash_forward(query, key, value, scale, bias)
+    return output, lse if empty is None else lse.masked_fill(empty, float("-inf"))
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     if bias is None and query.dtype != torch.float32:
