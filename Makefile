@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test gpu check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    make a virtual environment, install, train a small video model on real files and show what it learned"
 	@echo "make test    make a virtual environment, install and run the tests"
+	@echo "make gpu     run the conformance suite and the speed benchmark on the GPU and store the results"
 	@echo "make check   lint, format and types"
 	@echo "make format  apply the formatter"
 
@@ -24,6 +25,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --ignore tests/kernels/test_conformance_triton.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_conformance_triton.py
+
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 check: install
 	$(BIN)/ruff check .

@@ -12,8 +12,10 @@ that pointers and strides are multiples of 16 there would be no asynchronous cop
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -317,7 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options_.json:
         content = {
             "command": " ".join(["python -m kronmask.kernels.report", *(arguments or sys.argv[1:])]),
-            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.system()} {platform.machine()}; compiled here for GPUs that need not be, and not run",
+            "versions": {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "kernels": [asdict(r) for r in compiled],
             "tiles": visited,
         }

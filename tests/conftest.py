@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, settings
 
-for folder in ("examples", "tests", "tests/claver"):
+for folder in ("examples", "benchmarks", "tests", "tests/claver"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 torch.set_num_threads(1)  # the tests run side by side, a process for each core
 

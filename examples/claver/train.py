@@ -79,6 +79,7 @@ def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
 def train(
     config: Config,
     *,
+    model: Claver | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: str = "training",
@@ -87,6 +88,7 @@ def train(
     """Train and evaluate; writes `config.json`, `history.jsonl`, `last.pt` and `best.pt` into `config.run_dir`.
 
     What a step does is a function of the configuration and the step, so a run that is resumed ends as if it never stopped.
+    `model` is one to train in place of that of `config.model`, for what a configuration cannot say.
 
     Raises:
         DatasetError: lists or files that are missing or broken, all of them named.
@@ -119,7 +121,7 @@ def train(
         )
 
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    model = build_model(config.model) if model is None else model
     freeze(model, settings.tune)
     if settings.gradient_checkpointing:
         model.clip.set_grad_checkpointing()

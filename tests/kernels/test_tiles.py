@@ -99,11 +99,9 @@ def test_tiles_visited_relative_to_a_dense_grid(name, tokens, most, transposed):
     assert relative_visits(mask.T if transposed else mask) <= most
 
 
-@pytest.mark.parametrize("name", masks.NAMES)
+@pytest.mark.parametrize("name", sorted(set(masks.NAMES) - {"neighborhood"}))  # which reads bits in frame-aligned tiles
 @pytest.mark.parametrize("frames", [1, 2, 8, 16, 32])
 def test_no_mask_of_50_tokens_visits_more_than_the_dense_grid(name, frames):
-    if name == "neighborhood":
-        pytest.skip("it visits each block once, with bits")
     assert relative_visits(masks.NAMES[name](frames, 50)) <= 1.0
 
 
