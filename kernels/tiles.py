@@ -16,6 +16,7 @@ static cost model:
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -221,6 +222,11 @@ def _layout(mask: KronMask, rows: int, kind: str) -> Layout:
         if members and (kind == "frame" or not _compatible(lists[members[-1]], lists[i])):
             close()
         while count:
+            if room == rows and count >= rows:
+                whole = count // rows * rows
+                tiles += [(((first + start, rows),), (i,)) for start in range(0, whole, rows)]
+                first, count = first + whole, count - whole
+                continue
             taken = min(room, count)
             pending.append((first, taken))
             members.append(i)
@@ -314,21 +320,23 @@ def _total(ranges: Iterable[Range]) -> int:
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
-def _cost(mask: KronMask, blocks: Blocks, kind: str) -> float:
-    """Estimated work of a tiling, without building it."""
+def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) -> float:
+    """Estimated work of a tiling, without building it; `known` holds that of tiles that other layouts have too."""
     every = key_lists(mask)
-    columns: dict[tuple[int, ...], float] = {}
     total = 0.0
-    for _, members in _layout(mask, blocks.rows, kind):
-        if members not in columns:
-            lists = [every[i] for i in members]
-            weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
-            seen = weight * (-(-_total(_union(lists)) // blocks.columns))
-            seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
-            seen *= blocks.columns
-            seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
-            columns[members] = seen + TILE_OVERHEAD
-        total += columns[members]
+    for members, count in Counter(members for _, members in _layout(mask, blocks.rows, kind)).items():
+        if (members, blocks.columns) in known:
+            total += count * known[members, blocks.columns]
+            continue
+        lists = [every[i] for i in members]
+        weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
+        ranges = _union(lists) if len(lists) > 1 else lists[0].ranges
+        seen = weight * (-(-_total(ranges) // blocks.columns))
+        seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
+        seen *= blocks.columns
+        seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
+        known[members, blocks.columns] = seen + TILE_OVERHEAD
+        total += count * (seen + TILE_OVERHEAD)
     return total * (blocks.rows + ROW_OVERHEAD)
 
 
@@ -336,7 +344,8 @@ def _cost(mask: KronMask, blocks: Blocks, kind: str) -> float:
 def choose_tiling(mask: KronMask, candidates: tuple[Blocks, ...]) -> tuple[str, Blocks]:
     """The layout and blocks of least estimated cost; the first of equals."""
     options = [(kind, blocks) for blocks in candidates for kind in KINDS]
-    return min(options, key=lambda option: _cost(mask, option[1], option[0]))
+    known: dict[tuple, float] = {}
+    return min(options, key=lambda option: _cost(mask, option[1], option[0], known))
 
 
 @lru_cache(maxsize=256)
@@ -389,7 +398,7 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
     """The tables of a mask under one layout, made once for each device: O(L) ints and the explicit patterns, nothing else."""
     tiling = make_tiling(mask, blocks, kind)
     rows, tiles, runs, gathered, pattern_runs = (array("i") for _ in range(5))
-    counting = array("i", range(max(mask.shape)))  # slices of it are copied much faster than ranges are
+    counting = _counting(max(mask.shape))
     gathered_at: dict[tuple[Range, ...], tuple[int, int]] = {}
 
     def gather(ranges: tuple[Range, ...]) -> tuple[int, int]:
@@ -405,15 +414,16 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
     for tile in tiling.tiles:
         for first, count in tile.rows:
             rows.extend(counting[first : first + count])
-        rows.extend([-1] * (-len(rows) % blocks.rows))
-        tiles.extend((len(runs) // 4, len(runs) // 4 + len(tile.runs)))
-        for run in tile.runs:
-            runs.extend((run.start, run.length, run.hole_at, run.hole))
+        if missing := -len(rows) % blocks.rows:
+            rows.extend([-1] * missing)
+        run, pattern = len(runs) // 4, len(pattern_runs) // 3
+        for r in tile.runs:
+            runs.extend((r.start, r.length, r.hole_at, r.hole))
+        for values in tile.patterns:
+            pattern_runs.extend(values)
         first, last = gather(tile.edges or tile.tested)
-        tiles.extend((first, first if tile.tested else last, last))
-        tiles.extend((len(pattern_runs) // 3, len(pattern_runs) // 3 + len(tile.patterns)))
-        for pattern in tile.patterns:
-            pattern_runs.extend(pattern)
+        whole = first if tile.tested else last
+        tiles.extend((run, run + len(tile.runs), first, whole, last, pattern, pattern + len(tile.patterns)))
     lists = key_lists(mask)
     number = max(len(keys.diagonals) for keys in lists)
     diagonals = array("i")
@@ -444,3 +454,9 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
         pattern_runs=table(pattern_runs),
         patterns=patterns.to(device),
     )
+
+
+@lru_cache(maxsize=8)
+def _counting(length: int) -> array:
+    """0, 1, 2, ...: slices of it are copied much faster than ranges are."""
+    return array("i", range(length))
