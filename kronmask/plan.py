@@ -90,6 +90,10 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     table, prefix = mask.codes, mask.prefix
     length, key_length = mask.shape
 
+    whole = Rectangles(0, 0, length, key_length, first=True)
+    if all(code == FULL for row in table for code in row):
+        return Plan((), None, (whole,), (), complete=True, is_one_call=True)
+
     positions = None
     if any(row.count(IDENTITY) > 1 for row in table):
         positions = KronMask([[code == IDENTITY for code in row] for row in table], tokens=1)
@@ -98,12 +102,11 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     cost, cells = _Cutter(mask, masked_blocks).cut(table)
     if masked_blocks and length * key_length <= LARGEST_MASK:
         if positions is not None:
-            cost += mask.query_tokens * _call_cost(mask.query_frames, mask.key_frames)
+            cost += mask.query_tokens * (_call_cost(mask.query_frames, mask.key_frames, MASKED) - CALL) + CALL
         if prefix:
             cost += _call_cost(prefix, key_length) + _call_cost(length - prefix, prefix)
-        if _call_cost(length, key_length, MASKED) < cost and any(cell.codes for cell in cells):
-            whole = Rectangles(0, 0, length, key_length, first=True)
-            return Plan((), None, (), ((mask, whole),), True, True)
+        if _call_cost(length, key_length, MASKED) < cost:
+            return Plan((), None, (), ((mask, whole),), complete=True, is_one_call=True)
 
     own = _batched([cell for cell in cells if cell.codes == ((IDENTITY,),)], mask)
     full = _batched([cell for cell in cells if cell.codes is None], mask)
@@ -121,19 +124,22 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
         block = KronMask(codes, palette, tokens=(mask.query_tokens, mask.key_tokens))
         masked += [(block, part) for part in _batched(group, mask)]
 
-    reached = [False] * length
-    if positions is not None:
-        reached[prefix:] = [True] * (length - prefix)
+    # by units that parts never cut: first the prefix, then the query frames
+    reached = [not prefix] + [positions is not None] * mask.query_frames
     written = reached.copy()
 
     def reach(part: Rectangles) -> Rectangles:
-        rows = [slice(q, q + part.query_rows) for q in (part.query + i * part.step for i in range(part.count))]
-        first = not any(any(reached[span]) for span in rows)
-        for span in rows:
-            reached[span] = [True] * part.query_rows
-            if first:
-                written[span] = [True] * part.query_rows
-        return replace(part, first=first)
+        spans = []
+        for row in range(part.query, part.query + part.count * max(part.step, 1), max(part.step, 1)):
+            first, last = ((q - prefix) // mask.query_tokens + 1 for q in (row, row + part.query_rows - 1))
+            spans.append(slice(max(0, first), max(0, last) + 1))
+        is_first = not any(any(reached[span]) for span in spans)
+        for span in spans:
+            units = [True] * (span.stop - span.start)
+            reached[span] = units
+            if is_first:
+                written[span] = units
+        return replace(part, first=is_first)
 
     own = [reach(_joined(part)) for part in own]
     full = [reach(part) for part in full]
