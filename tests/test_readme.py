@@ -5,8 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import accuracy
+import attn_speed
 import claver_k400
+import model_speed
 import pytest
+import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,6 +36,33 @@ def test_links_and_pictures_exist():
 def test_named_files_exist():
     for name in re.findall(r"`((?:examples|benchmarks|kronmask|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tables_say_what_the_results_say():
+    assert tables.render(README) == README
+    assert set(tables.TABLES) == {name for _, name, *_ in tables.BLOCK.findall(README)}
+
+
+def test_no_other_share_is_quoted():
+    """Outside of the tables stand the demo's line, which has a test of its own, and what half of the pairs is."""
+    text = re.sub(r"```.*?```", "", tables.BLOCK.sub("", README), flags=re.S)
+    text = "\n".join(line for line in text.splitlines() if "as a frame average" not in line)
+    assert set(re.findall(r"\b0\.\d+", text)) == {"0.5"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_says_where_it_comes_from(path):
+    stored = json.loads(path.read_text())
+    assert {"command", "machine", "date", "versions"} <= stored.keys()
+    assert stored["command"].startswith("python ")
+
+
+@pytest.mark.parametrize("module", [accuracy, attn_speed, model_speed])
+def test_the_benchmarks_take_quick(module, capsys):
+    assert f"benchmarks/{module.__name__}.py" in README
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert "--quick" in capsys.readouterr().out
 
 
 def test_the_demo_is_quoted_as_it_was_measured():

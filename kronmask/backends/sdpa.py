@@ -256,7 +256,11 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     """Output `(B, H, Lq, D)` and LSE `(B, H, Lq)` float32 of plain attention with a bias; rows that are `empty` have LSE -inf."""
     output, lse = _flash_forward(query, key, value, scale, bias)
-    return output, lse if empty is None else lse.masked_fill(empty, float("-inf"))
+    if empty is None:
+        return output, lse
+    if output.device.type == "cuda":  # the CPU's kernel gives 0 to a query that sees no key; CUDA's promises nothing
+        output = output.masked_fill(empty[:, None], 0.0)
+    return output, lse.masked_fill(empty, float("-inf"))
 
 
 def _flash_forward(

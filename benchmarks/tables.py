@@ -1,0 +1,148 @@
+"""Writes what `results/` holds into the tables of README.md, so that the page quotes nothing else.
+
+    python benchmarks/tables.py           writes the tables
+    python benchmarks/tables.py --check   fails if the page says anything else
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from common import RESULTS
+
+__all__ = ["TABLES", "main", "render"]
+
+README = RESULTS.parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def render(page: str) -> str:
+    """The page with each of its tables made anew.
+
+    Raises:
+        KeyError: the page asks for a table that there is not.
+    """
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[4]}", page)
+
+
+def _stored(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _source(name: str, stored: dict[str, Any]) -> str:
+    machine, versions = stored["machine"], stored["versions"]
+    where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}, no GPU"
+    return (
+        f"\n[`{name}.json`](benchmarks/results/{name}.json): `{stored['command']}`, {where}, torch {versions['torch']}, "
+        f"{stored['date']}.\n"
+    )
+
+
+def _attention() -> str:
+    stored = _stored("attn_speed")
+    rows = {(r["mask"], r["contender"], r["pass"], r["tokens"], r["frames"]): r for r in stored["rows"]}
+    shapes = sorted({(r["tokens"], r["frames"]) for r in stored["rows"]}, key=lambda shape: (shape[0] != 197, shape))
+    header = ["`sdpa` backend, time relative to", *(f"N={n} T={t}" for n, t in shapes)]
+
+    def ratios(label: str, mask: str, which: str, key: str) -> list[str]:
+        measured = [rows.get((mask, "kronmask sdpa", which, n, t), {}).get(key) for n, t in shapes]
+        return [label, *("" if value is None else f"{value:.2f}" for value in measured)]
+
+    lines = []
+    for mask in ("kmt", "kmct"):
+        name = mask.upper()
+        lines += [
+            ratios(f"**{name}** forward: joint attention", mask, "forward", "over_joint"),
+            ratios("the ideal: the mask's density", mask, "forward", "ideal"),
+            ratios("SDPA with the mask", mask, "forward", "over_sdpa_mask"),
+            ratios("compiled FlexAttention", mask, "forward", "over_flex_128"),
+            ratios(f"**{name}** forward and backward: joint attention", mask, "forward+backward", "over_joint"),
+            ratios("SDPA with the mask", mask, "forward+backward", "over_sdpa_mask"),
+        ]
+    return _markdown(header, lines) + _source("attn_speed", stored)
+
+
+def _accuracy() -> str:
+    stored = _stored("accuracy")
+    header = ["attention of the temporal blocks", "top-1, mean ± std", "least", "most", "MFLOPs a clip"]
+    lines = [
+        [
+            row["attention"],
+            f"{row['top1_mean']:.3f} ± {row['top1_std']:.3f}",
+            *(f"{row[key]:.3f}" for key in ("top1_min", "top1_max")),
+            f"{row['gflops'] * 1000:.1f}",
+        ]
+        for row in stored["summary"]
+    ]
+    seeds = len({row["seed"] for row in stored["rows"]})
+    steps = stored["summary"][0]["steps"]
+    told = f"\n{seeds} seeds, {steps} steps each, {stored['settings']['num_test']} held-out clips of 8 motions.\n"
+    return _markdown(header, lines) + told + _source("accuracy", stored)
+
+
+def _kernels() -> str:
+    stored = _stored("kernel_report")
+    header = [
+        "bfloat16, D=64 and 128",
+        "matrix instruction",
+        "registers",
+        "spilled bytes",
+        "shared memory",
+        "KMT's hot loop",
+    ]
+    lines = []
+    for arch in dict.fromkeys(kernel["arch"] for kernel in stored["kernels"]):
+        kernels = [kernel for kernel in stored["kernels"] if kernel["arch"] == arch]
+        shared = max(kernel["shared_bytes"] / kernel["shared_limit"] for kernel in kernels)
+        pairs = zip(kernels[::2], kernels[1::2], strict=True)  # the same kernel for the joint mask and for KMT
+        loop = max(kmt["instructions"] / joint["instructions"] for joint, kmt in pairs)
+        most = [str(max(kernel[key] for kernel in kernels)) for key in ("registers", "spilled_bytes")]
+        lines.append([arch, kernels[0]["matrix"], *most, f"{shared:.0%} of the limit", f"{loop - 1:+.1%}"])
+    visits = {(v["step"], v["mask"], v["frames"], v["tokens"]): v for v in stored["tiles"]["sm_90 64"]}
+    tokens = sorted({key[3] for key in visits})
+    blocks = [
+        [f"{mask.upper()} {step}", *(f"{visits[step, mask, 8, n]['of_dense']:.3f}" for n in tokens)]
+        for mask in ("kmt", "kmct")
+        for step in ("forward", "backward_query", "backward_key")
+    ]
+    visited = _markdown(["tiles visited over a dense grid's, T=8", *(f"N={n}" for n in tokens)], blocks)
+    told = (
+        f"\n[`kernel_report.json`](benchmarks/results/kernel_report.json): `{stored['command']}`, Triton "
+        f"{stored['versions']['triton']}, {stored['date']}; compiled, not run.\n"
+    )
+    return visited + "\n" + _markdown(header, lines) + told
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention": _attention,
+    "accuracy": _accuracy,
+    "kernels": _kernels,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is not up to date")
+    options = parser.parse_args(arguments)
+    page = README.read_text()
+    made = render(page)
+    if options.check:
+        return int(made != page)
+    README.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
