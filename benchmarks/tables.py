@@ -74,6 +74,28 @@ def _attention() -> str:
     return _markdown(header, lines) + _source("attn_speed", stored)
 
 
+def _models() -> str:
+    forward, training = _stored("model_speed"), _stored("model_speed_training")
+    frames = sorted({row["frames"] for row in forward["rows"]})
+    trained = {row["model"]: row for row in training["rows"]}
+    names = list(dict.fromkeys(row["model"] for row in forward["rows"]))
+    by_name = {(row["model"], row["frames"]): row for row in forward["rows"]}
+    header = ["model", "M parameters", *(f"GFLOPs, {t} frames" for t in frames[:1])]
+    header += [f"clips/s, {t} frames" for t in frames]
+    header += [f"clips/s with backward, {t} frames" for t in sorted({row["frames"] for row in training["rows"]})]
+    lines = []
+    for name in names:
+        first = by_name[name, frames[0]]
+        line = [name, _number(first["parameters"], 1e6, 1), _number(first["gflops"], 1, 0)]
+        line += [_number(by_name[name, t]["clips_per_second"], 1, 3) for t in frames]
+        lines.append([*line, _number(trained[name]["clips_per_second"], 1, 3)])
+    return _markdown(header, lines) + _source("model_speed", forward) + _source("model_speed_training", training)
+
+
+def _number(value: float | None, unit: float, digits: int) -> str:
+    return "failed" if value is None else f"{value / unit:.{digits}f}"
+
+
 def _accuracy() -> str:
     stored = _stored("accuracy")
     header = ["attention of the temporal blocks", "top-1, mean ± std", "least", "most", "MFLOPs a clip"]
@@ -127,6 +149,7 @@ def _kernels() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "attention": _attention,
+    "models": _models,
     "accuracy": _accuracy,
     "kernels": _kernels,
 }
