@@ -325,18 +325,17 @@ def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) 
     every = key_lists(mask)
     total = 0.0
     for members, count in Counter(members for _, members in _layout(mask, blocks.rows, kind)).items():
-        if (members, blocks.columns) in known:
-            total += count * known[members, blocks.columns]
-            continue
-        lists = [every[i] for i in members]
-        weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
-        ranges = _union(lists) if len(lists) > 1 else lists[0].ranges
-        seen = weight * (-(-_total(ranges) // blocks.columns))
-        seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
-        seen *= blocks.columns
-        seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
-        known[members, blocks.columns] = seen + TILE_OVERHEAD
-        total += count * (seen + TILE_OVERHEAD)
+        key = (members, blocks.columns)
+        if key not in known:
+            lists = [every[i] for i in members]
+            weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
+            ranges = _union(lists) if len(lists) > 1 else lists[0].ranges
+            seen = weight * (-(-_total(ranges) // blocks.columns))
+            seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
+            seen *= blocks.columns
+            seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
+            known[key] = seen + TILE_OVERHEAD
+        total += count * known[key]
     return total * (blocks.rows + ROW_OVERHEAD)
 
 

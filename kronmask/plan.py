@@ -174,7 +174,7 @@ class _Cutter:
         if codes == {FULL}:
             return self._cell(0, query_frames, 0, key_frames, None)
         if query_frames == 1:
-            return self._runs(table[0])
+            return self._frame(table[0])
         options = [self._joint([((row,), q, 0) for q, row in enumerate(table)])]
         if key_frames > 1:
             rows, columns = _halves(query_frames), _halves(key_frames)
@@ -184,7 +184,7 @@ class _Cutter:
             options.append(self._cell(0, query_frames, 0, key_frames, table))
         return min(options, key=lambda option: option[0])
 
-    def _runs(self, row: tuple[int, ...]) -> tuple[float, list[Cell]]:
+    def _frame(self, row: tuple[int, ...]) -> tuple[float, list[Cell]]:
         """One query frame: each run of one code is a cell, and each identity."""
         longest = max(1, LARGEST_PATTERN // (self.query_tokens * self.key_tokens))
         total, cells = 0.0, list[Cell]()
