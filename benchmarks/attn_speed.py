@@ -30,7 +30,17 @@ from typing import Any
 
 import torch
 from attn_figures import draw
-from common import RESULTS, Times, default_device, interleaved, peak_memory, save, synchronize, table
+from common import (
+    RESULTS,
+    Times,
+    available_memory,
+    default_device,
+    interleaved,
+    peak_memory,
+    save,
+    synchronize,
+    table,
+)
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,8 +58,8 @@ REFERENCES = ("joint", "sdpa_mask", "flex_128")  # what the columns over_... are
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.5e-2}  # of the norm of what float64 gives
 CHECKED_ROWS = 16
 SCORE_COPIES = 4  # float32 tensors of B x H x L x L that an unfused backend holds at its peak
-LIMIT = 2.0  # seconds of one call over which a contender that is also SLOW times slower than joint is timed once
-SLOW = 5.0
+LIMIT = 1.0  # seconds of one call over which a contender that is also SLOW times slower than joint is timed once
+SLOW = 3.0
 
 CPU = {
     "shapes": [*product((8, 16, 32), (50, 197)), *product((8, 16), (257,))],
@@ -368,20 +378,9 @@ def _refuse_what_does_not_fit(name: str, case: Case) -> None:
     if not _unfused(name, case):
         return
     needed = SCORE_COPIES * 4 * case.batch * case.heads * case.length**2
-    available = _available(torch.device(case.device))
+    available = available_memory(torch.device(case.device))
     if needed > available:
         raise MemoryError(f"skipped: would need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} available")
-
-
-def _available(device: torch.device) -> float:
-    """Bytes that can be allocated, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _until_failure(call: Callable[[], object], row: dict[str, Any]) -> Callable[[], object]:

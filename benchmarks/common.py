@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -23,6 +24,7 @@ import torch
 __all__ = [
     "RESULTS",
     "Times",
+    "available_memory",
     "default_device",
     "interleaved",
     "peak_memory",
@@ -53,6 +55,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": {
             "cpu": _cpu(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # the vector unit that torch found: it decides ratios
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -188,6 +191,16 @@ def _cuda_seconds(device: torch.device) -> Callable[[Callable[[], object], int],
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+def available_memory(device: torch.device) -> float:
+    """Bytes that can be allocated; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _bytes_of("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return math.inf
+
+
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any, device: torch.device) -> int:
     """Bytes by which memory rises above what stands before the call that `prepare(*arguments)` returns.
 
@@ -232,15 +245,16 @@ def _measure(
         call = prepare(*arguments)
         ctypes.CDLL(None).malloc_trim(0)  # what `prepare` freed goes back to the system, or its use would not be seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _status("VmRSS")
+        before = _bytes_of("/proc/self/status", "VmRSS")
         result = call()
-        peak = _status("VmHWM") - before
+        peak = _bytes_of("/proc/self/status", "VmHWM") - before
         del result
         sender.send(max(0, peak))
     except Exception as error:
         sender.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+def _bytes_of(file: str, field: str) -> int:
+    """A field of one of Linux's tables, in bytes."""
+    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -6,8 +6,8 @@
 
 All have an encoder of the same size, 400 classes and random weights, and take video `(batch, frames, 3, height, width)`.
 Results are written after each pass, so an interrupted run keeps what it has. On the CPU each model's memory is measured in
-a process of its own, which also finds what does not fit. On two cores a round of everything takes about a quarter of an hour;
-the default is four of them, one for memory and three that count.
+a process of its own, which also finds what does not fit. On two cores a round of everything takes about a quarter of an hour
+at most; the default is four of them, one for memory and three that count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, default_device, interleaved, peak_memory, save, table
+from common import RESULTS, available_memory, default_device, interleaved, peak_memory, save, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -221,8 +221,8 @@ def prepare(name: str, setting: Setting, which: str) -> Callable[[], object]:
     if multiprocessing.parent_process() is not None:
         import resource
 
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(line.split()[1]), resource.RLIM_INFINITY))
+        free = int(available_memory(torch.device("cpu")))
+        resource.setrlimit(resource.RLIMIT_DATA, (free, resource.RLIM_INFINITY))
     return step(setting.model(name), setting.video(), which)
 
 

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from common import RESULTS
@@ -44,16 +45,18 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _source(name: str, stored: dict[str, Any]) -> str:
     machine, versions = stored["machine"], stored["versions"]
     where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}, no GPU"
+    if "instructions" in machine and not machine["gpu"]:
+        where = where.replace(",", f" with {machine['instructions']},", 1)
     return (
         f"\n[`{name}.json`](benchmarks/results/{name}.json): `{stored['command']}`, {where}, torch {versions['torch']}, "
         f"{stored['date']}.\n"
     )
 
 
-def _attention() -> str:
-    stored = _stored("attn_speed")
+def _attention(name: str, tokens: Sequence[int]) -> str:
+    stored = _stored(name)
     rows = {(r["mask"], r["contender"], r["pass"], r["tokens"], r["frames"]): r for r in stored["rows"]}
-    shapes = sorted({(r["tokens"], r["frames"]) for r in stored["rows"]}, key=lambda shape: (shape[0] != 197, shape))
+    shapes = [(n, t) for n in tokens for t in sorted({r["frames"] for r in stored["rows"] if r["tokens"] == n})]
     header = ["`sdpa` backend, time relative to", *(f"N={n} T={t}" for n, t in shapes)]
 
     def ratios(label: str, mask: str, which: str, key: str) -> list[str]:
@@ -62,34 +65,34 @@ def _attention() -> str:
 
     lines = []
     for mask in ("kmt", "kmct"):
-        name = mask.upper()
+        title = mask.upper()
         lines += [
-            ratios(f"**{name}** forward: joint attention", mask, "forward", "over_joint"),
+            ratios(f"**{title}** forward: joint attention", mask, "forward", "over_joint"),
             ratios("the ideal: the mask's density", mask, "forward", "ideal"),
             ratios("SDPA with the mask", mask, "forward", "over_sdpa_mask"),
             ratios("compiled FlexAttention", mask, "forward", "over_flex_128"),
-            ratios(f"**{name}** forward and backward: joint attention", mask, "forward+backward", "over_joint"),
+            ratios(f"**{title}** forward and backward: joint attention", mask, "forward+backward", "over_joint"),
             ratios("SDPA with the mask", mask, "forward+backward", "over_sdpa_mask"),
         ]
-    return _markdown(header, lines) + _source("attn_speed", stored)
+    return _markdown(header, lines) + _source(name, stored)
 
 
 def _models() -> str:
-    forward, training = _stored("model_speed"), _stored("model_speed_training")
-    frames = sorted({row["frames"] for row in forward["rows"]})
-    trained = {row["model"]: row for row in training["rows"]}
-    names = list(dict.fromkeys(row["model"] for row in forward["rows"]))
-    by_name = {(row["model"], row["frames"]): row for row in forward["rows"]}
-    header = ["model", "M parameters", *(f"GFLOPs, {t} frames" for t in frames[:1])]
-    header += [f"clips/s, {t} frames" for t in frames]
-    header += [f"clips/s with backward, {t} frames" for t in sorted({row["frames"] for row in training["rows"]})]
+    stored = _stored("model_speed")
+    rows = {(row["model"], row["pass"], row["frames"]): row for row in stored["rows"]}
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    measured = sorted({(which, t) for _, which, t in rows})
+    which, frames = measured[0]
+    header = ["model", "M parameters", f"GFLOPs, {frames} frames"]
+    header += [f"clips/s {which}, {t} frames" for which, t in measured]
+    header += [f"peak GiB {which}, {t} frames" for which, t in measured[-1:]]
     lines = []
     for name in names:
-        first = by_name[name, frames[0]]
+        first = rows[name, which, frames]
         line = [name, _number(first["parameters"], 1e6, 1), _number(first["gflops"], 1, 0)]
-        line += [_number(by_name[name, t]["clips_per_second"], 1, 3) for t in frames]
-        lines.append([*line, _number(trained[name]["clips_per_second"], 1, 3)])
-    return _markdown(header, lines) + _source("model_speed", forward) + _source("model_speed_training", training)
+        line += [_number(rows[(name, *key)]["clips_per_second"], 1, 3) for key in measured]
+        lines.append(line + [_number(rows[(name, *key)]["peak_bytes"], 2**30, 1) for key in measured[-1:]])
+    return _markdown(header, lines) + _source("model_speed", stored)
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -148,7 +151,8 @@ def _kernels() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "attention": _attention,
+    "attention": partial(_attention, "attn_speed", (197, 50, 257)),
+    "attention_avx2": partial(_attention, "attn_speed_avx2", (197,)),
     "models": _models,
     "accuracy": _accuracy,
     "kernels": _kernels,

@@ -180,7 +180,7 @@ def test_a_contender_that_fails_while_it_is_timed_says_so(monkeypatch):
 
 
 def test_scores_that_do_not_fit_into_memory_are_not_tried(monkeypatch):
-    monkeypatch.setattr(attn_speed, "_available", lambda device: 2**20)
+    monkeypatch.setattr(attn_speed, "available_memory", lambda device: 2**20)
     names = ("kronmask dense", "kronmask flex", "kronmask sdpa")
     *unfused, fused = measure(case(frames=8, tokens=50), *(("kmt", name) for name in names))
     assert all("skipped: would need 0.0 GiB, 0.0 available" in row["error"] for row in unfused)
