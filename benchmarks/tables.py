@@ -90,8 +90,8 @@ def _models() -> str:
     for name in names:
         first = rows[name, which, frames]
         line = [name, _number(first["parameters"], 1e6, 1), _number(first["gflops"], 1, 0)]
-        line += [_number(rows[(name, *key)]["clips_per_second"], 1, 3) for key in measured]
-        lines.append(line + [_number(rows[(name, *key)]["peak_bytes"], 2**30, 1) for key in measured[-1:]])
+        line += [_number(rows[name, which, t]["clips_per_second"], 1, 3) for which, t in measured]
+        lines.append(line + [_number(rows[name, which, t]["peak_bytes"], 2**30, 1) for which, t in measured[-1:]])
     return _markdown(header, lines) + _source("model_speed", stored)
 
 
