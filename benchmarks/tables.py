@@ -44,9 +44,8 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _source(name: str, stored: dict[str, Any]) -> str:
     machine, versions = stored["machine"], stored["versions"]
-    where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}, no GPU"
-    if "instructions" in machine and not machine["gpu"]:
-        where = where.replace(",", f" with {machine['instructions']},", 1)
+    vectors = f" with {machine['instructions']}" if "instructions" in machine else ""
+    where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}{vectors}, no GPU"
     return (
         f"\n[`{name}.json`](benchmarks/results/{name}.json): `{stored['command']}`, {where}, torch {versions['torch']}, "
         f"{stored['date']}.\n"
@@ -82,16 +81,16 @@ def _models() -> str:
     rows = {(row["model"], row["pass"], row["frames"]): row for row in stored["rows"]}
     names = list(dict.fromkeys(name for name, _, _ in rows))
     measured = sorted({(which, t) for _, which, t in rows})
-    which, frames = measured[0]
-    header = ["model", "M parameters", f"GFLOPs, {frames} frames"]
+    (_, shortest), (dearest, longest) = measured[0], measured[-1]
+    header = ["model", "M parameters", f"GFLOPs, {shortest} frames"]
     header += [f"clips/s {which}, {t} frames" for which, t in measured]
-    header += [f"peak GiB {which}, {t} frames" for which, t in measured[-1:]]
+    header.append(f"peak GiB {dearest}, {longest} frames")
     lines = []
     for name in names:
-        first = rows[name, which, frames]
-        line = [name, _number(first["parameters"], 1e6, 1), _number(first["gflops"], 1, 0)]
-        line += [_number(rows[name, which, t]["clips_per_second"], 1, 3) for which, t in measured]
-        lines.append(line + [_number(rows[name, which, t]["peak_bytes"], 2**30, 1) for which, t in measured[-1:]])
+        passes = [rows[name, which, t] for which, t in measured]
+        line = [name, _number(passes[0]["parameters"], 1e6, 1), _number(passes[0]["gflops"], 1, 0)]
+        line += [_number(row["clips_per_second"], 1, 3) for row in passes]
+        lines.append([*line, _number(passes[-1]["peak_bytes"], 2**30, 1)])
     return _markdown(header, lines) + _source("model_speed", stored)
 
 
