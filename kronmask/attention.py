@@ -140,7 +140,7 @@ def _attend(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to `scaled_dot_product_attention`: everything but float64 to the autocast dtype."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from operator import index
 
@@ -149,7 +150,8 @@ def mask_rule(attention: str | KronMask | Callable[[int, int], KronMask], frames
         return attention.rule
     if isinstance(attention, str):
         if attention not in NAMES:
-            raise ValueError(f"unknown attention {attention!r}; the named masks are {', '.join(NAMES)}")
+            hint = did_you_mean(attention, NAMES)
+            raise ValueError(f"unknown attention {attention!r}{hint}; the named masks are {', '.join(NAMES)}")
         rule = _free_rule(attention)
         return _sized_rule(NAMES[attention], index(frames), index(tokens)) if rule is None else rule
     if not callable(attention):
@@ -180,6 +182,12 @@ def _rule_at(attention: Callable[[int, int], KronMask], frames: int, tokens: int
     if not isinstance(mask, KronMask):
         raise ValueError(f"attention {attention!r} returned {type(mask).__name__}, not a KronMask")
     return mask_rule(mask, frames, tokens)
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """`, did you mean 'kmt'?` if `value` resembles one of the choices, else nothing: the end of an error message."""
+    nearest = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _by_distance(frames: int, tokens: int, prefix: int, code: Callable[[int], int]) -> KronMask:

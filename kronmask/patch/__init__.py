@@ -1,30 +1,40 @@
 """Temporal attention for a pretrained image ViT: `patch_vit(model)` makes it a video model, in place.
 
-A family file knows one library of models; it is imported when a model of that library is met.
+The file of a library says where the ViT of a model is and states the facts about it (`Family`); it is imported when a
+model of that library is met.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
 
 from kronmask.nn import Attention, TemporalEmbedding
-from kronmask.patch.common import Settings, VideoTower
+from kronmask.patch.family import Entry, Family
+from kronmask.patch.settings import Settings
+from kronmask.patch.video import VideoEncoder, patch_encoder, unpatch_encoder
 
-__all__ = ["param_groups", "patch_vit", "temporal_parameters", "unpatch_vit"]
+__all__ = ["Entry", "Family", "VideoEncoder", "param_groups", "patch_vit", "temporal_parameters", "unpatch_vit"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = ("timm", "open_clip")
-"""Libraries whose models can be patched; `kronmask.patch.<name>` has `patch(model, settings)` and `unpatch(model)`."""
+LIBRARIES = ("timm", "open_clip", "clip", "transformers", "torchvision")
+"""Libraries whose models can be patched; `kronmask.patch.<name>.find(model)` is the encoder in a model and its `Family`."""
+
+_OWN_FRAME = (
+    "placement='replace' with attention={0!r}: the tokens of a frame do not see each other, so a frame's class token learns "
+    "nothing from its own patches (under 'kmct' those of the last frame reach no class token at all); 'joint', 'causal' and "
+    "'axial' let a frame see itself"
+)
 
 _NO_DECAY = re.compile(
-    r"pos_embed|position(al)?_embedding|class_embedding|(cls|reg|dist|mask)_token|register_tokens|logit_scale"
+    r"pos_embed|position(al)?_embedding|class_embedding|(cls|class|reg|dist|distillation|mask)_token|register_tokens|"
+    r"relative_position_bias_table|logit_(scale|bias)"
 )
 
 
@@ -37,6 +47,7 @@ def patch_vit(
     layers: int | Sequence[int] | None = None,
     init: str = "zero",
     temporal_embedding: bool = True,
+    family: Family | None = None,
 ) -> Model:
     """Give an image ViT temporal attention, in place, so that it takes video `(B, T, C, H, W)`.
 
@@ -51,7 +62,8 @@ def patch_vit(
     parameter is used in each forward.
 
     Args:
-        model: timm's `VisionTransformer`, open_clip's `VisionTransformer`, or a CLIP of open_clip with one of these.
+        model: a ViT of timm, open_clip, OpenAI's clip, Hugging Face transformers or torchvision, or a CLIP or classifier of
+            these libraries around one; any other with `family`. Pass the model itself, not a wrapper around it.
         frames: number of frames the temporal embedding is learned for; it is interpolated for other clips.
         attention: the mask: a name out of `kronmask.masks.NAMES`, a `KronMask` (then all clips have its size), or a
             callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers.
@@ -65,6 +77,7 @@ def patch_vit(
             N(0, .02); "copy" takes the weights of the last image blocks ("append") or of the same block's attention
             ("interleave"), with temporal embedding N(0, .02).
         temporal_embedding: whether to add a learned vector for each frame before the first temporal attention.
+        family: the facts about the model's encoder, for a ViT of one's own: `Family(MyViT, "blocks")`.
 
     Returns:
         The same object.
@@ -75,10 +88,13 @@ def patch_vit(
             already.
     """
     settings = Settings(frames, attention, placement, layers, init, bool(temporal_embedding))
-    family = _family(model)
-    if _is_patched(model):
+    if any(isinstance(module, VideoEncoder) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is patched already; call unpatch_vit(model) first")
-    family.patch(model, settings)
+    encoder, family = _find(model) if family is None else _find_declared(model, family)
+    patch_encoder(encoder, family, settings)
+    encoder._on_patch(model, settings)
+    if placement == "replace" and attention in ("kmt", "kmct"):
+        warnings.warn(_OWN_FRAME.format(attention), stacklevel=2)
     return model
 
 
@@ -90,9 +106,12 @@ def unpatch_vit(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched.
     """
-    if not _is_patched(model):
+    encoders = [module for module in model.modules() if isinstance(module, VideoEncoder)]
+    if not encoders:
         raise ValueError(f"this {type(model).__name__} is not patched; call patch_vit(model) first")
-    _family(model).unpatch(model)
+    for encoder in encoders:
+        encoder._on_unpatch(model)
+        unpatch_encoder(encoder)
     return model
 
 
@@ -139,18 +158,32 @@ def _is_temporal(name: str) -> bool:
     return "temporal_encoder" in name.split(".")
 
 
-def _is_patched(model: nn.Module) -> bool:
-    return any(isinstance(module, VideoTower) for module in model.modules())
-
-
-def _family(model: nn.Module) -> ModuleType:
-    """The family whose library the model's class, or the first of its bases in a library, comes from."""
-    for cls in type(model).__mro__:
-        package = cls.__module__.partition(".")[0]
-        if package in FAMILIES:
-            return importlib.import_module(f"kronmask.patch.{package}")
+def _find(model: nn.Module) -> tuple[Any, Family]:
+    """The encoder in a model and its family, by the library that the model's class, or the first of its bases, comes from."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    library = _library(model)
+    if library is not None:
+        encoder, family = importlib.import_module(f"kronmask.patch.{library}").find(model)
+        return encoder, family
+    inner = next((path for path, module in model.named_modules() if path and _library(module)), None)
+    if inner is not None:
+        raise TypeError(f"patch_vit patches the ViT itself, not the {name} around it: pass model.{inner}")
     raise TypeError(
-        f"patch_vit cannot patch {type(model).__module__}.{type(model).__qualname__}: it patches the vision "
-        f"transformers of {', '.join(FAMILIES)}. Pass the ViT itself (not a wrapper around it), or build on the layers of "
-        "kronmask.nn"
+        f"patch_vit cannot patch {name}: it knows the vision transformers of {', '.join(LIBRARIES)}; declare another with "
+        "family=kronmask.patch.Family(...)"
     )
+
+
+def _library(model: nn.Module) -> str | None:
+    packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
+    return next((package for package in packages if package in LIBRARIES), None)
+
+
+def _find_declared(model: nn.Module, family: Family) -> tuple[Any, Family]:
+    found = [module for module in model.modules() if isinstance(module, family.encoder)]
+    if len(found) != 1:
+        raise TypeError(
+            f"family declares {family.encoder.__qualname__}, of which this {type(model).__qualname__} has {len(found)}; pass the "
+            "encoder itself"
+        )
+    return found[0], family
