@@ -1,12 +1,15 @@
-"""CLAVER on Kinetics-400, or on any list of labelled videos: demo, train, eval, predict. Without arguments: demo."""
+"""CLAVER on Kinetics-400, or on any labelled videos: demo, train, eval, predict, prompts. Without arguments: demo."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from claver.prompt_command import add_commands
 
 if TYPE_CHECKING:
     from claver.config import Config
@@ -52,12 +55,14 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    from claver.data import read_labels
-    from claver.train import prompts_of, run_evaluation, tokens_of
+    from accelerate import PartialState
+    from claver.prompt_choice import choose_prompts_of_checkpoint
+    from claver.train import run_evaluation, tokens_of
 
     model, content, config = _load(options)
-    prompts = content.get("prompts") or prompts_of(config, read_labels(config.data.labels))
-    _print_evaluation(run_evaluation(config, model, tokens_of(prompts, model)), options.checkpoint)
+    choice = choose_prompts_of_checkpoint(config, content)
+    PartialState().print(f"texts of {len(choice.classes)} classes: {choice.description}")
+    _print_evaluation(run_evaluation(config, model, tokens_of(choice.prompts, model)), options.checkpoint)
     return 0
 
 
@@ -65,23 +70,25 @@ def run_predict(options: argparse.Namespace) -> int:
     import torch
     from claver.data import read_labels
     from claver.evaluate import predict_files
-    from claver.prompts import build_prompts
-    from claver.train import prompts_of, tokens_of
+    from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
+    from claver.train import tokens_of
 
     if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
         raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first, or pass --checkpoint")
     model, content, config = _load(options)
     if options.labels:
-        classes = read_labels(options.labels)
-        prompts = build_prompts(classes, config.data.templates) if config.data.templates else build_prompts(classes)
+        # the training's sentences are of other classes, unless this command names them
+        named = any(setting.startswith("data.prompts=") for setting in options.set or [])
+        data = config.data if named else dataclasses.replace(config.data, prompts="auto")
+        choice = choose_prompts(dataclasses.replace(config, data=data), read_labels(options.labels))
     else:
-        classes = content.get("classes") or read_labels(config.data.labels)
-        prompts = content.get("prompts") or prompts_of(config, classes)
+        choice = choose_prompts_of_checkpoint(config, content)
+    classes = choice.classes
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results = predict_files(
         model,
         options.videos,
-        tokens_of(prompts, model),
+        tokens_of(choice.prompts, model),
         config.model.frames,
         config.augment,
         clips=config.test.clips,
@@ -145,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train on lists of videos")
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint multi-view")
     predict = commands.add_parser("predict", help="print the likeliest classes of video files")
+
+    prompts = commands.add_parser("prompts", help="make, check and show the sentences that stand for classes")
+    add_commands(prompts)
 
     for command, run in ((demo, run_demo), (train, run_train), (evaluate, run_eval), (predict, run_predict)):
         command.set_defaults(run=run)

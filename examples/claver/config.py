@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .augment import AugmentConfig
+from .prompts import KINDS
 
 __all__ = [
     "Config",
@@ -29,16 +30,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Lists of videos and classes. Relative paths in the lists are under `root`."""
+    """Lists of videos and classes, and the texts of the classes. Relative paths in the lists are under `root`.
+
+    `prompts` says which sentences join the templates: "auto" those that are shipped for the data set whose classes `labels`
+    has, if there are any; a data set's name those of that one; a path those of a file; "templates" (or nothing) none;
+    "names" makes the bare class names the only texts.
+    """
 
     root: str = "data/k400"
     train_list: str = "data/k400/train.txt"
     test_list: str = "data/k400/val.txt"
     labels: str = "data/k400/labels.csv"
-    prompts: str | None = None  # JSON file of interpretive prompts; None: templates alone
+    prompts: str | None = "auto"
+    kinds: tuple[str, ...] | None = None  # of sentences, some of prompts.KINDS; None: all that the file has
+    per_kind: int | None = None  # sentences of each kind, the first ones; None: all
     templates: tuple[str, ...] | None = None  # with {} for the class name; None: the 16 templates for actions
     num_workers: int = 8
     cache: bool = False  # keep decoded frames in memory: for small sets, with num_workers=0
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds or ():
+            _choice("data.kinds", kind, KINDS)
+        if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
+            raise ValueError(f"data.kinds must be one or more different kinds, not {list(self.kinds)}")
+        if self.per_kind is not None and self.per_kind < 1:
+            raise ValueError(f"data.per_kind must be at least 1, not {self.per_kind}")
 
 
 @dataclass(frozen=True)

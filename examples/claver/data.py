@@ -64,7 +64,7 @@ class DatasetError(ValueError):
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[str]:
-    """Class names in the order of their ids, from a CSV file with the columns `id,name`.
+    """Class names in the order of their ids, from a CSV file whose first columns are `id,name`.
 
     Raises:
         DatasetError: another header, a malformed line, a repeated name, or ids that are not 0, 1, ... once each.
@@ -72,7 +72,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     names: dict[int, str] = {}
     seen: dict[str, int] = {}
     problems = []
-    for line, row in _csv_rows(path, ["id", "name"]):
+    for line, row in _csv_rows(path, ["id", "name"], further=True):
         number, name = _integer(row[0]), row[1].strip() if len(row) == 2 else ""
         if len(row) != 2:
             problems.append((f"line {line}", f"expected id,name, got {len(row)} fields (quote a name with a comma)"))
@@ -369,13 +369,18 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
         raise DatasetError(f"{path}: cannot be read ({error})") from error
 
 
-def _csv_rows(path: str | os.PathLike[str], columns: list[str]) -> list[tuple[int, list[str]]]:
-    """The rows below the header, which must be `columns`, each with its line number."""
+def _csv_rows(
+    path: str | os.PathLike[str], columns: list[str], *, further: bool = False
+) -> list[tuple[int, list[str]]]:
+    """The rows below the header, which must be `columns`, each with its line number.
+
+    With `further` there may be more columns after these; they are cut off from the rows that have them all.
+    """
     reader = csv.reader(_lines(path))
     header = [name.strip() for name in next(reader, [])]
-    if header != columns:
+    if (header[: len(columns)] if further else header) != columns:
         raise DatasetError(f"{path}: the first line must be {','.join(columns)}, got {','.join(header)!r}")
-    return [(reader.line_num, row) for row in reader if row]
+    return [(reader.line_num, row[: len(columns)] if len(row) == len(header) else row) for row in reader if row]
 
 
 def _integer(text: str) -> int | None:

@@ -52,6 +52,7 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             train_list=str(dataset.train_list),
             test_list=str(dataset.test_list),
             labels=str(dataset.labels),
+            prompts="templates",
             templates=OBJECT_TEMPLATES,
             num_workers=0,
             cache=True,

@@ -5,11 +5,9 @@ A class has A prompts: one for each template, then the sentences of the interpre
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,24 +16,23 @@ from torch import Tensor
 __all__ = [
     "ACTION_TEMPLATES",
     "KINDS",
-    "MOTION_PROMPTS",
     "OBJECT_TEMPLATES",
     "Interpretive",
     "build_prompts",
     "clean_class_name",
     "draw_prompts",
-    "load_prompts",
     "load_tokenizer",
+    "some",
     "tokenize",
 ]
 
 KINDS = ("decomposition", "body_parts", "synonyms", "scene")
 """Kinds of interpretive prompts: simple steps of an action, what the parts do, other words for it, where it happens."""
 
-SENTENCES_PER_KIND = 5
+SENTENCES_PER_KIND = 5  # of the files that are shipped, and of the paper; a file may have others
 
 Interpretive = dict[str, dict[str, list[str]]]
-"""`{class name: {kind: sentences}}`, the content of a prompt file."""
+"""`{class name: {kind: sentences}}`, the content of a prompt file; see `prompt_files`."""
 
 ACTION_TEMPLATES = (
     "a video of a person {}.",
@@ -59,9 +56,6 @@ ACTION_TEMPLATES = (
 OBJECT_TEMPLATES = ("{}.", "an object {}.")
 """For `claver.motions`; short, as a text tower that starts from nothing has to learn to look past every other word."""
 
-MOTION_PROMPTS = Path(__file__).parent / "prompts" / "motions.json"
-"""Interpretive prompts for the classes of `claver.motions`."""
-
 _WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|[^A-Za-z]+")
 
 
@@ -83,59 +77,27 @@ def clean_class_name(name: str) -> str:
     return " ".join(part if part.isupper() and len(part) > 1 else part.lower() for part in parts)
 
 
-def load_prompts(path: str | Path, classes: Sequence[str]) -> Interpretive:
-    """Reads a file of interpretive prompts and checks that it fits the classes.
-
-    The file is JSON: `{class name: {kind: [5 sentences]}}` with the four kinds of `KINDS`.
-    Class names are compared after `clean_class_name`; the result is keyed by `classes` as given, in their order.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON of that form. All faults are reported together: missing and unknown classes, missing
-            and unknown kinds, wrong numbers of sentences, empty sentences.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no prompt file at {path}; leave interpretive prompts out or write one") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object of class names, got a {type(content).__name__}")
-
-    faults: dict[str, list[str]] = {}
-    by_name = {
-        clean_class_name(name) if any(map(str.isalnum, name)) else name: entry for name, entry in content.items()
-    }
-    wanted = {clean_class_name(name): name for name in classes}
-    if len(by_name) < len(content):
-        faults["classes that occur twice in the file"] = [f"{len(content) - len(by_name)} of {len(content)}"]
-    faults["classes without prompts"] = [name for key, name in wanted.items() if key not in by_name]
-    faults["unknown classes"] = [name for name in by_name if name not in wanted]
-    for key, entry in by_name.items():
-        if key in wanted:
-            for fault, where in _check_entry(key, entry):
-                faults.setdefault(fault, []).append(where)
-    report = [f"  {len(found)} {fault}: {_some(found)}" for fault, found in faults.items() if found]
-    if report:
-        raise ValueError(f"{path} does not fit the {len(classes)} classes:\n" + "\n".join(report))
-    return {name: by_name[key] for key, name in wanted.items()}
-
-
 def build_prompts(
     classes: Sequence[str],
     templates: Sequence[str] = ACTION_TEMPLATES,
     interpretive: Interpretive | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
+    per_kind: int | None = None,
 ) -> list[list[str]]:
     """Builds the prompts `[A][C]`: every template with every class name, then the sentences of each kind.
 
-    With `interpretive=None` A is the number of templates, else `len(templates) + 5 * len(kinds)`.
+    With `interpretive=None` A is the number of templates, else that and `per_kind` sentences for each of `kinds`.
+
+    Args:
+        classes: names, which the templates spell as words.
+        templates: each with one `{}`.
+        interpretive: the sentences of each class.
+        kinds: which of them, in this order; None: those of the first class.
+        per_kind: how many of each kind, the first ones; None: as many as every class has.
 
     Raises:
-        ValueError: no class, a template without exactly one `{}`, an unknown kind, nothing to build from, or classes
-            with unequal numbers of sentences.
+        ValueError: no class, a template without exactly one `{}`, an unknown kind, nothing to build from, or fewer than
+            `per_kind` sentences.
         KeyError: a class that `interpretive` lacks.
     """
     if isinstance(classes, str) or not classes:
@@ -144,22 +106,24 @@ def build_prompts(
         raise ValueError(f"templates must be a list of strings, got the string {templates!r}")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(templates)} templates need exactly one {{}}: {_some(wrong)}")
+        raise ValueError(f"{len(wrong)} of {len(templates)} templates need exactly one {{}}: {some(wrong)}")
     names = [clean_class_name(name) for name in classes]
     prompts = [[template.replace("{}", name) for name in names] for template in templates]
     if interpretive is not None:
-        unknown = [kind for kind in kinds if kind not in KINDS]
+        unknown = [kind for kind in kinds or () if kind not in KINDS]
         if unknown:
             raise ValueError(f"unknown kinds of prompts {unknown}; choose from {list(KINDS)}")
         missing = [name for name in classes if name not in interpretive]
         if missing:
-            raise KeyError(f"{len(missing)} of {len(classes)} classes have no interpretive prompts: {_some(missing)}")
-        for kind in kinds:
-            sentences = [interpretive[name][kind] for name in classes]  # (C, 5)
-            counts = sorted({len(each) for each in sentences})
-            if len(counts) > 1:
-                raise ValueError(f"classes have unequal numbers of {kind} sentences: {counts}")
-            prompts += [list(row) for row in zip(*sentences, strict=True)]
+            raise KeyError(f"{len(missing)} of {len(classes)} classes have no interpretive prompts: {some(missing)}")
+        for kind in list(interpretive[classes[0]]) if kinds is None else kinds:
+            sentences = [interpretive[name][kind] for name in classes]  # C lists
+            fewest = min(len(each) for each in sentences)
+            if per_kind is not None and not 1 <= per_kind <= fewest:
+                short = [name for name, each in zip(classes, sentences, strict=True) if len(each) < per_kind]
+                raise ValueError(f"per_kind is {per_kind}, but of {kind} some classes have {fewest}: {some(short)}")
+            count = fewest if per_kind is None else per_kind
+            prompts += [[each[i] for each in sentences] for i in range(count)]
     if not prompts:
         raise ValueError("nothing to build prompts from: give templates, or interpretive prompts and kinds")
     return prompts
@@ -209,7 +173,7 @@ def tokenize(
     if shortened:
         warnings.warn(
             f"{len(shortened)} of {len(texts)} prompts are longer than {context_length} tokens and lost their last "
-            f"words: {_some(shortened)}",
+            f"words: {some(shortened)}",
             stacklevel=2,
         )
     tokens = encoder(fitting, context_length=context_length)
@@ -233,26 +197,6 @@ def _is_camel_case(word: str) -> bool:
     return re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]", word) is not None or re.fullmatch(r"[A-Z][a-z]+", word) is not None
 
 
-def _check_entry(name: str, entry: Any) -> list[tuple[str, str]]:
-    """Returns `(fault, where)` for everything that is wrong with one class of a prompt file."""
-    if not isinstance(entry, dict):
-        return [("classes that are not an object of kinds", name)]
-    faults = [("missing kinds", f"{name}/{kind}") for kind in KINDS if kind not in entry]
-    faults += [("unknown kinds", f"{name}/{kind}") for kind in entry if kind not in KINDS]
-    for kind in KINDS:
-        sentences = entry.get(kind)
-        where = f"{name}/{kind}"
-        if kind not in entry:
-            continue
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            faults.append(("kinds that are not a list of sentences", where))
-            continue
-        if len(sentences) != SENTENCES_PER_KIND:
-            faults.append((f"kinds without exactly {SENTENCES_PER_KIND} sentences", f"{where} ({len(sentences)})"))
-        faults += [("empty sentences", f"{where}[{i}]") for i, text in enumerate(sentences) if not text.strip()]
-    return faults
-
-
 def _shorten(text: str, encoder: Any, room: int) -> str:
     """Drops words at the end, or letters where the first word alone is too long, until `room` tokens are left."""
     if len(encoder.encode(text)) <= room:
@@ -270,7 +214,7 @@ def _shorten(text: str, encoder: Any, room: int) -> str:
     return glue.join(pieces[:low])
 
 
-def _some(found: Sequence[str], most: int = 5) -> str:
+def some(found: Sequence[str], most: int = 5) -> str:
     """The first few of a list, for a message."""
     shown = ", ".join(repr(item if len(item) <= 60 else item[:57] + "...") for item in found[:most])
     return shown + (f" and {len(found) - most} more" if len(found) > most else "")

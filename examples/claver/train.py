@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,13 @@ from .data import (
 )
 from .evaluate import Evaluation, evaluate
 from .model import Claver, build_model, describe_trained, freeze
-from .prompts import ACTION_TEMPLATES, build_prompts, draw_prompts, load_prompts, tokenize
+from .prompt_choice import choose_prompts
+from .prompts import draw_prompts, tokenize
 
 # settings that may change when a run is resumed: they do not change what a step computes
 FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
 
-__all__ = ["Run", "contrastive_loss", "learning_rate", "prompts_of", "run_evaluation", "tokens_of", "train"]
+__all__ = ["Run", "contrastive_loss", "learning_rate", "run_evaluation", "tokens_of", "train"]
 
 
 class Run:
@@ -63,12 +63,6 @@ def learning_rate(step: int, total: int, warmup: int, base: float, minimum: floa
 def contrastive_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross entropy of logits `(B, A, C)` with soft targets `(B, C)`, which hold for each of the A prompts."""
     return F.cross_entropy(logits.float().flatten(0, 1), target.repeat_interleave(logits.shape[1], 0))
-
-
-def prompts_of(config: Config, classes: Sequence[str]) -> list[list[str]]:
-    """The A x C prompts of a run. Raises ValueError for a prompt file that does not fit the classes."""
-    interpretive = load_prompts(config.data.prompts, classes) if config.data.prompts else None
-    return build_prompts(classes, config.data.templates or ACTION_TEMPLATES, interpretive)
 
 
 def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
@@ -114,11 +108,10 @@ def train(
         samples = lists[name] = read_list(path, data.root, len(classes))
         check_files(samples)
         say(f"{name}: {len(samples)} videos of {len(classes)} classes, list {list_hash(samples, data.root)}")
-    prompts = prompts_of(config, classes)
-    if settings.prompts_per_step > len(prompts):
-        raise ValueError(
-            f"train.prompts_per_step is {settings.prompts_per_step}, but there are {len(prompts)} prompts for each class"
-        )
+    _, prompts, per_step, description = choose_prompts(config, classes)
+    if per_step > len(prompts):
+        raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
+    say(f"texts: {description}; {per_step} of {len(prompts)} drawn each step")
 
     torch.manual_seed(config.seed)
     model = build_model(config.model) if model is None else model
@@ -172,7 +165,7 @@ def train(
         batches = iter(loader)
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
-            chosen = draw_prompts(len(tokens), settings.prompts_per_step, generator)
+            chosen = draw_prompts(len(tokens), per_step, generator)
             for group, base in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = learning_rate(step, total, warmup, base, settings.lr * settings.min_lr_ratio)
             for _ in range(settings.accumulate):

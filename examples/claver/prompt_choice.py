@@ -1,0 +1,97 @@
+"""Which texts stand for the classes of a run: by its configuration and the names of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import Config, to_dict
+from .data import read_labels
+from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
+from .prompts import ACTION_TEMPLATES, build_prompts
+
+__all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint"]
+
+TEXT_SETTINGS = ("prompts", "templates", "kinds", "per_kind")
+
+
+class Choice(NamedTuple):
+    """The texts of a run.
+
+    Attributes:
+        classes: names by label.
+        prompts: `[A][C]`, A texts for each of C classes.
+        per_step: how many of the A a training step draws.
+        description: what they are, in words.
+    """
+
+    classes: list[str]
+    prompts: list[list[str]]
+    per_step: int
+    description: str
+
+
+def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
+    """The texts that `config.data` asks for; with `prompts: auto` the shipped set if there is one for these classes.
+
+    Raises:
+        FileNotFoundError, ValueError: a prompt file that is missing or does not fit the classes and kinds, or nothing
+            to build prompts from.
+    """
+    data, asked = config.data, config.data.prompts
+    if asked == "names":
+        return Choice(list(classes), build_prompts(classes, ["{}"]), 1, "the class names alone")
+    templates = ACTION_TEMPLATES if data.templates is None else data.templates
+    parts = [f"{len(templates)} templates"] if templates else []
+    path: str | Path | None = None
+    origin = ""
+    if asked in DATASETS:
+        path, origin = shipped_file(asked), f"the shipped set {_title(asked)}"
+    elif asked == "auto":
+        dataset = known_dataset(classes)
+        if dataset is None:
+            parts.append("no sentences, as none are shipped for these labels (data.prompts takes a file)")
+        else:
+            path = shipped_file(dataset)
+            origin = f"the shipped set {_title(dataset)}, which has {_share(classes, dataset)}"
+    elif asked not in (None, "templates"):
+        path, origin = asked, f"{asked} ({read_prompt_file(asked).title})"
+    if path is None:
+        prompts = build_prompts(classes, templates)
+    else:
+        interpretive = load_prompts(path, classes, data.kinds)
+        kinds = list(next(iter(interpretive.values())))
+        prompts = build_prompts(classes, templates, interpretive, kinds, data.per_kind)
+        counts = {kind: min(len(entry[kind]) for entry in interpretive.values()) for kind in kinds}
+        if data.per_kind is not None:
+            counts = dict.fromkeys(kinds, data.per_kind)
+        listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        parts.append(f"{sum(counts.values())} sentences ({listed}) of {origin}")
+    return Choice(list(classes), prompts, config.train.prompts_per_step, " and ".join(parts))
+
+
+def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any]) -> Choice:
+    """The texts to evaluate a checkpoint with: those of its training, unless `config` asks for other texts or labels.
+
+    Args:
+        config: of the evaluation.
+        content: of the checkpoint, as `checkpoint.load_checkpoint` returns it.
+    """
+    ours = to_dict(config)["data"]
+    theirs = content.get("config", {}).get("data", {})
+    if "prompts" not in content or any(ours[key] != theirs.get(key) for key in TEXT_SETTINGS):
+        return choose_prompts(config, read_labels(config.data.labels))
+    prompts, classes = content["prompts"], content["classes"]
+    if ours["labels"] != theirs.get("labels") and read_labels(config.data.labels) != classes:
+        return choose_prompts(config, read_labels(config.data.labels))
+    return Choice(classes, prompts, config.train.prompts_per_step, f"the {len(prompts)} of its training")
+
+
+def _title(dataset: str) -> str:
+    return read_prompt_file(shipped_file(dataset)).title
+
+
+def _share(classes: Sequence[str], dataset: str) -> str:
+    total = len(shipped_classes(dataset))
+    return "exactly these classes" if len(classes) == total else f"these {len(classes)} among its {total} classes"

@@ -1,0 +1,179 @@
+"""A run takes the shipped prompts where its labels are of a known data set, says so, and can be told otherwise."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import claver_k400
+import pytest
+from chat_server import entry_for
+from claver.checkpoint import load_checkpoint
+from claver.config import Config, DataConfig, from_dict, load_config, to_dict
+from claver.demo import demo_config
+from claver.motions import MOTIONS, MotionDataset
+from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
+from claver.prompt_files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
+from claver.prompts import ACTION_TEMPLATES, KINDS, OBJECT_TEMPLATES, build_prompts, clean_class_name
+from claver.train import train
+from small import small_config
+
+K400 = list(shipped_classes("kinetics400"))
+
+
+def choose(classes=K400, **data):
+    return choose_prompts(Config(data=DataConfig(**data)), classes)
+
+
+@pytest.mark.parametrize("dataset", ["kinetics400", "ucf101", "hmdb51", "kinetics600_zero_shot"])
+def test_the_labels_of_a_known_data_set_bring_its_sentences(dataset):
+    classes = list(shipped_classes(dataset))
+    choice = choose(classes)
+    assert len(choice.prompts) == 16 + 4 * 5
+    assert all(len(row) == len(classes) for row in choice.prompts)
+    assert choice.per_step == 5
+    entries = read_prompt_file(shipped_file(dataset)).entries
+    assert choice.prompts[16:] == [[entries[name][kind][i] for name in classes] for kind in KINDS for i in range(5)]
+    assert (
+        "16 templates and 20 sentences (5 decomposition, 5 body_parts, 5 synonyms, 5 scene) of the shipped set "
+        f"{dataset}" in (choice.description)
+    )
+    assert "exactly these classes" in choice.description
+
+
+def test_a_subset_in_another_order_does_too_and_other_labels_do_not():
+    some = ["zumba", "archery", "YoYo"]
+    assert "no sentences, as none are shipped for these labels" in choose(some).description
+    assert choose(some).prompts == build_prompts(some)
+    some = some[:2]
+    choice = choose(some)
+    assert "these 2 among its 400 classes" in choice.description
+    assert choice.prompts[0] == ["a video of a person zumba.", "a video of a person archery."]
+    entries = read_prompt_file(shipped_file("kinetics400")).entries
+    assert choice.prompts[16] == [entries["zumba"]["decomposition"][0], entries["archery"]["decomposition"][0]]
+
+
+def test_class_names_alone_and_templates_alone_are_one_setting_away():
+    names = choose(prompts="names")
+    assert (names.prompts, names.per_step) == ([[clean_class_name(name) for name in K400]], 1)
+    assert names.description == "the class names alone"
+    for prompts in ("templates", None):
+        assert choose(prompts=prompts).prompts == build_prompts(K400)
+        assert choose(prompts=prompts).description == "16 templates"
+    assert len(choose(templates=()).prompts) == 20  # sentences alone
+
+
+def test_the_demo_trains_on_its_two_templates_alone(tmp_path):
+    nowhere = MotionDataset(tmp_path, tmp_path, tmp_path, tmp_path)
+    choice = choose_prompts(demo_config(tmp_path, nowhere, temporal=True, seed=0, epochs=1), MOTIONS)
+    assert choice.prompts == build_prompts(MOTIONS, OBJECT_TEMPLATES)
+    assert (choice.per_step, choice.description) == (2, "2 templates")
+
+
+def test_kinds_and_numbers_are_as_told():
+    assert len(choose(kinds=KINDS[:3]).prompts) == 31  # as the paper's code has it
+    choice = choose(kinds=("scene", "synonyms"), per_kind=2, templates=("{}.",))
+    entries = read_prompt_file(shipped_file("kinetics400")).entries
+    expected = [[entries[name][kind][i] for name in K400] for kind in ("scene", "synonyms") for i in range(2)]
+    assert choice.prompts[1:] == expected
+    assert "1 templates and 4 sentences (2 scene, 2 synonyms)" in choice.description
+    with pytest.raises(ValueError, match="per_kind is 6, but of decomposition some classes have 5"):
+        choose(per_kind=6)
+
+
+def test_a_file_may_have_more_classes_and_any_number_of_sentences(tmp_path):
+    entries = {name: entry_for(name, per_kind=3 + len(name) % 2) for name in ("a cat", "a dog", "a bear")}
+    write_prompt_file(tmp_path / "p.json", {"version": "2.0"}, entries)
+    choice = choose(["a bear", "a dog"], prompts=str(tmp_path / "p.json"))
+    assert len(choice.prompts) == 16 + 4 * 3
+    assert choice.prompts[-1] == [entries["a bear"]["scene"][2], entries["a dog"]["scene"][2]]
+    assert "p.json" in choice.description
+    assert choose(["archery"], prompts="ucf101").prompts[-1] == [
+        read_prompt_file(shipped_file("ucf101")).entries["Archery"]["scene"][4]
+    ]
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        choose(["a bear"], prompts="nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kinds": ["smell"]}, "data.kinds must be one of"),
+        ({"kinds": []}, "data.kinds must be one or more different kinds"),
+        ({"kinds": ["scene", "scene"]}, "data.kinds must be one or more different kinds"),
+        ({"per_kind": 0}, "data.per_kind must be at least 1"),
+    ],
+)
+def test_wrong_kinds_and_numbers_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict({"data": data})
+
+
+def test_the_settings_are_those_of_the_command_line():
+    path = Path(claver_k400.CONFIGS) / "k400_b16_8f.yaml"
+    config = load_config(path, ["data.prompts=names"])
+    assert choose_prompts(config, K400).per_step == 1
+    config = load_config(path, ["data.kinds=[scene]", "data.per_kind=1"])
+    assert len(choose_prompts(config, K400).prompts) == 17
+    assert choose_prompts(load_config(path), K400).per_step == 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose labels are renamed to classes of HMDB-51."""
+    folder = tmp_path_factory.mktemp("choice")
+    config = small_config(folder, epochs=1)
+    classes = list(shipped_classes("hmdb51"))[:8]
+    with open(config.data.labels, "w", newline="") as file:
+        csv.writer(file).writerows([("id", "name"), *enumerate(classes)])
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, templates=None)), classes
+
+
+def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path):
+    config, _ = run
+    train(config)
+    printed = capsys.readouterr().out
+    assert "texts: 16 templates and 20 sentences" in printed
+    assert "of the shipped set hmdb51" in printed
+    assert "these 8 among its 51 classes; 2 of 36 drawn each step" in printed
+    checkpoint = f"{config.run_dir}/best.pt"
+    assert len(load_checkpoint(checkpoint)["prompts"]) == 36
+
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint]) == 0
+    assert "texts of 8 classes: the 36 of its training" in capsys.readouterr().out
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", "data.prompts=names"]) == 0
+    assert "texts of 8 classes: the class names alone" in capsys.readouterr().out
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", "data.kinds=[scene]"]) == 0
+    assert "16 templates and 5 sentences (5 scene)" in capsys.readouterr().out
+
+    other = tmp_path / "labels.csv"  # zero-shot: other classes bring other texts
+    with other.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "name"), *enumerate(shipped_classes("ucf101"))])
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", f"data.labels={other}"]) == 0
+    printed = capsys.readouterr().out
+    assert "texts of 101 classes: 16 templates and 20 sentences" in printed
+    assert json.loads(printed.splitlines()[-1])["videos"] == 8
+
+    video = f"{config.data.root}/videos/test_00000.mp4"
+    assert claver_k400.main(["predict", "--checkpoint", checkpoint, "--labels", str(other), "--top", "101", video]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 102
+
+
+def test_class_names_alone_are_trained_on_without_further_settings(run, capsys):
+    config, _ = run
+    data = dataclasses.replace(config.data, prompts="names")
+    train(dataclasses.replace(config, data=data, run_dir=f"{config.run_dir}_names"))
+    assert "texts: the class names alone; 1 of 1 drawn each step" in capsys.readouterr().out
+
+
+def test_a_checkpoint_keeps_its_texts_where_only_the_place_of_the_labels_changes(run, tmp_path):
+    config, classes = run
+    content = {"prompts": [["x"] * 8], "classes": classes, "config": to_dict(config)}
+    moved = tmp_path / "moved.csv"
+    moved.write_text(Path(config.data.labels).read_text())
+    here = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=str(moved)))
+    assert choose_prompts_of_checkpoint(here, content).prompts == [["x"] * 8]
+    old = {**content, "config": {"data": {"labels": "gone.csv", "prompts": None, "templates": None}}}  # before kinds
+    before = from_dict(old["config"])
+    assert choose_prompts_of_checkpoint(before, old).prompts == [["x"] * 8]
+    assert ACTION_TEMPLATES[0].format("archery") == build_prompts(["archery"])[0][0]
