@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test gpu check format clean
+.PHONY: install demo test gpu zoo lowest check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    make a virtual environment, install, train a small video model on real files and show what it learned"
 	@echo "make test    make a virtual environment, install and run the tests"
 	@echo "make gpu     run the conformance suite and the speed benchmark on the GPU and store the results"
+	@echo "make zoo     check every plain ViT of timm and every family in every placement, and store the result"
+	@echo "make lowest  run the tests under the lowest supported versions, and store the result"
 	@echo "make check   lint, format and types"
 	@echo "make format  apply the formatter"
 
@@ -29,6 +31,14 @@ test: install
 gpu: install
 	$(BIN)/python benchmarks/gpu.py
 
+zoo: install
+	$(BIN)/python tests/patch/zoo.py
+
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --disable-pip-version-check -e . -r tests/lowest.txt
+	$(VENV)-lowest/bin/python benchmarks/lowest.py
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -49,9 +49,10 @@ def provenance() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    script = Path(sys.argv[0])
+    script, root = Path(sys.argv[0]).resolve(), RESULTS.parents[1].resolve()
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.parent.name, script.name)
     return {
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", str(name), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": {
             "cpu": _cpu(),

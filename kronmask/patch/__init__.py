@@ -69,7 +69,11 @@ def patch_vit(
             callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers.
         placement: "append" adds `layers` blocks over all T*N tokens after the image blocks (CLAVER, ICLR 2025, arXiv
             2502.03549); "interleave" adds an attention residual in front of image blocks (TimeSformer, arXiv
-            2102.05095); "replace" runs the attention of image blocks over all T*N tokens under the mask.
+            2102.05095); "replace" runs the attention of image blocks over all T*N tokens under the mask, everything else
+            in it as it is (rotations by the position in the frame also hold between frames). Under "kmt" and "kmct" the
+            tokens of a frame do not see each other: with "replace" a class token then learns nothing from its own
+            frame's patches, and under "kmct" those of the last frame reach no class token at all; "joint", "causal" and
+            "axial" let a frame see itself.
         layers: with "append" the number of temporal blocks (a third of the depth by default); else the image blocks
             concerned, as a sequence of indices or as k for every k-th block (all by default).
         init: "zero" sets output projections and temporal embedding to zero, so that the patched model equals the image

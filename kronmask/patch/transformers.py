@@ -38,7 +38,7 @@ _ENCODERS = {
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention `(B*T, H, N, D)` to `(B*T, N, H, D)`, without a mask: the model's own hides nothing if it was given none."""
+    """Attention `(B*T, H, N, D)` to `(B*T, N, H, D)`; the model's own mask hides nothing where it was given none."""
     scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
     output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
     return output.transpose(1, 2).contiguous(), None
@@ -51,7 +51,7 @@ ALL_ATTENTION_FUNCTIONS[_ATTEND] = _attend  # type: ignore[index]
 class HuggingFaceEncoder(VideoEncoder):
     """Mixin of a patched encoder of Hugging Face: what it has beyond the image class."""
 
-    temporal_configs: list[Any]  # the configurations that hold the settings: the model's and the encoder's
+    temporal_configs: list[Any]  # the configurations that hold the settings
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,8 +72,8 @@ class HuggingFaceEncoder(VideoEncoder):
             asked += ["output_attentions"] if kwargs.get("output_attentions") or config.output_attentions else []
             if asked:
                 raise ValueError(
-                    f"placement='replace' attends over the clip, by a kernel that computes no weights: leave {asked[0]} out, or "
-                    "use placement='append' or 'interleave'"
+                    "placement='replace' attends over the clip, by a kernel that computes no weights: leave "
+                    f"{asked[0]} out, or use placement='append' or 'interleave'"
                 )
         return super()._prepare(video, kwargs)
 
@@ -93,7 +93,8 @@ class HuggingFaceEncoder(VideoEncoder):
             "init": settings.init,
             "temporal_embedding": settings.temporal_embedding,
         }
-        self.temporal_configs = [model.config, self.config]  # one object, or two
+        # a CLIP is read whole, and its vision model alone; in some releases that model has a copy of its configuration
+        self.temporal_configs = [self.config, model.config, getattr(model.config, "vision_config", model.config)]
         for config in self.temporal_configs:
             config.kronmask = stored
 
@@ -119,8 +120,9 @@ class MaskedAutoencoder(HuggingFaceEncoder):
 
     def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("noise") is None:
-            height, width = self.embeddings.patch_embeddings.patch_size  # type: ignore[misc, union-attr]
-            patches = (video.shape[3] // height) * (video.shape[4] // width)  # type: ignore[operator]
+            embeddings: Any = self.embeddings
+            height, width = embeddings.patch_embeddings.patch_size
+            patches = (video.shape[3] // height) * (video.shape[4] // width)
             kwargs["noise"] = torch.rand(video.shape[0], patches, device=video.device)
         return super()._prepare(video, kwargs)
 
@@ -149,8 +151,8 @@ def find(model: nn.Module) -> tuple[nn.Module, Family]:
     path, encoder = next(iter(found.items()))
     if encoder is not model and _is_dense(model):
         raise TypeError(
-            f"patch_vit cannot patch {name}: it is made for the patches or the hidden states of one image; patch its encoder "
-            f"alone, model.{path}"
+            f"patch_vit cannot patch {name}: it is made for the patches or the hidden states of one image; patch its "
+            f"encoder alone, model.{path}"
         )
     return encoder, _family(encoder)
 

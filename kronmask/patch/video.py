@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import unserializable_hook
 
 from kronmask.attention import rule_attention
 from kronmask.nn import MaskRule
@@ -34,9 +33,12 @@ __all__ = ["VideoEncoder", "patch_encoder", "unpatch_encoder"]
 class _Running(threading.local):
     """The encoder that is running in this thread, the frames of its clips, and where it leaves its last tokens."""
 
-    encoder: nn.Module | None = None
-    frames: int = 0
-    tokens: list[Tensor] | None = None
+    def __init__(
+        self,
+    ) -> None:  # not attributes of the class, which torch.compile of 2.7 takes for the values of every thread
+        self.encoder: nn.Module | None = None
+        self.frames = 0
+        self.tokens: list[Tensor] | None = None
 
 
 _running = _Running()
@@ -431,7 +433,6 @@ def _clips(images: Any, entry: Entry, channels: int | None) -> Tensor:
 def _note_clips(clips: dict[int, int], images: int, frames: int, output: Any) -> None:
     """Note how many frames a clip has: now, and again when a backward begins at the output of this forward."""
 
-    @unserializable_hook
     def note(gradient: Tensor | None = None) -> None:
         clips[images] = frames
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
+import open_clip
 import open_clip.coca_model as coca_file
 import open_clip.model as oc_model
 import open_clip.transformer as oc
@@ -73,6 +76,8 @@ class Case:
 
 TIMM_LIKE = {"ln_1": "norm1", "ln_2": "norm2", "mlp.act": "mlp.act"}
 OPEN_CLIP_LIKE = {"ln_1": "ln_1", "ln_2": "ln_2", "mlp.act": "mlp.gelu"}
+NEW_TIMM = packaging.version.parse(timm.__version__) >= packaging.version.parse("1.0.20")
+NEW_OPEN_CLIP = packaging.version.parse(open_clip.__version__) >= packaging.version.parse("3")
 NEW_HF = int(transformers.__version__.split(".")[0]) >= 5
 HF_LAYERS = "layers" if NEW_HF else "encoder.layer"
 HF_ACT = "mlp.activation_fn" if NEW_HF else "intermediate.intermediate_act_fn"
@@ -293,7 +298,7 @@ CASES: dict[str, Case] = {
         like=CLIP_LIKE,
     ),
     "transformers-BEiT": of_hf(
-        lambda: transformers.BeitModel(transformers.BeitConfig(**HF, use_relative_position_bias=True)),
+        lambda: transformers.BeitModel(transformers.BeitConfig(**HF, use_relative_position_bias=True, drop_path_rate=0.0)),
         hf_output,
         replace=False,
         copy=False,
@@ -313,9 +318,18 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 """Everything that a suite runs over."""
 
+if not NEW_TIMM:  # options, registers with rotary positions, and models that older releases of timm do not have
+    for newer in (
+        "timm-scale-norm",
+        "timm-eva-dinov3",
+        "timm-naflex",
+        "open_clip-timm-tower",
+        "open_clip-timm-tower-mlp",
+    ):
+        del CASES[newer]
 if "attn_layer" in timm_vit.VisionTransformer.__init__.__code__.co_varnames:  # of newer releases of timm
     CASES["timm-diff"] = case(lambda: timm_model(attn_layer="diff"), copy=False)
-if "scale_heads" in oc.VisionTransformer.__init__.__code__.co_varnames:  # of newer releases of open_clip
+if NEW_OPEN_CLIP:
     CASES["open_clip-custom"] = of_open_clip(
         lambda: open_clip_model(qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True),
         like=OPEN_CLIP_LIKE | LN_QK,
@@ -325,6 +339,13 @@ if "scale_heads" in oc.VisionTransformer.__init__.__code__.co_varnames:  # of ne
 
 def image_model(name: str) -> nn.Module:
     """A small image model in which every parameter matters (nothing is left at zero or one)."""
+    model = copy.deepcopy(_prototype(name))
+    torch.manual_seed(0)
+    return model
+
+
+@lru_cache(maxsize=4)  # building a model takes longer than copying it
+def _prototype(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = CASES[name].build().eval()
     generator = torch.Generator().manual_seed(3)

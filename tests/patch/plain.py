@@ -173,8 +173,10 @@ def _input_of(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterato
         return (function(args[0]), *args[1:]), kwargs
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -183,8 +185,10 @@ def _output_of(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterat
         return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
     handle = block.register_forward_hook(hook)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -197,7 +201,9 @@ def _attends_over_the_clip(block: nn.Module, name: str) -> Iterator[None]:
         frames, heads, tokens, _ = query.shape
         mask, outputs = dense_mask(name, frames, tokens), []
         for head in range(heads):
-            q, k, v = (x[:, head].reshape(frames * tokens, -1) for x in (query, key, value))
+            shared = head * key.shape[1] // heads  # the head of keys and values, if queries share them
+            q = query[:, head].reshape(frames * tokens, -1)
+            k, v = (x[:, shared].reshape(frames * tokens, -1) for x in (key, value))
             outputs.append(attention(q, k, v, mask, scale).reshape(frames, tokens, -1))
         return torch.stack(outputs, dim=1)
 
@@ -213,7 +219,11 @@ def _attends_over_the_clip(block: nn.Module, name: str) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     handles = block.register_forward_pre_hook(enter), block.register_forward_hook(leave)
-    yield
-    for handle in handles:
-        handle.remove()
-    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while patches:  # the block has raised
+            leave()
+        torch.backends.mha.set_fastpath_enabled(fast)

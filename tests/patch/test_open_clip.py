@@ -10,6 +10,7 @@ import open_clip.model as model_file
 import open_clip.transformer as oc
 import pytest
 import torch
+from models import NEW_OPEN_CLIP, NEW_TIMM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,11 +152,19 @@ def test_models_without_a_vision_transformer_are_refused_by_name() -> None:
         patch_vit(resnet)
     with pytest.raises(TypeError, match="TextTransformer"):
         patch_vit(clip(model_file.CustomTextCLIP).text)
+
+
+@pytest.mark.skipif(not NEW_TIMM, reason="timm before 1.0.20 has no test_resnet")
+def test_a_timm_tower_that_is_no_vit_is_refused_by_name() -> None:
     vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}
     with pytest.raises(TypeError, match="ResNet.*no multi-head attention"):
         patch_vit(clip(model_file.CustomTextCLIP, vision))
 
 
+NEWER = pytest.mark.skipif(not NEW_OPEN_CLIP, reason="open_clip before 3 has no such option")
+
+
+@NEWER
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -169,6 +178,7 @@ def test_copies_that_would_compute_something_else_are_refused(options: dict, rea
         patch_vit(tower(**options), init="copy")
 
 
+@NEWER
 def test_replace_refuses_attention_dropout_and_cosine_attention() -> None:
     model = tower()
     model.transformer.resblocks[1].attn.dropout = 0.1

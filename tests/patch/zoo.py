@@ -8,13 +8,14 @@ Models of timm that differ in size alone are one model here, since all are made 
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
 # ---- timm -----------------------------------------------------------------------------------------------------------
 
 
-def small(name: str, family: type[nn.Module]) -> Case:
+def small(name: str) -> Case:
     """A small variant of a plain ViT of timm: as narrow and shallow as its architecture function lets it be."""
     with torch.device("meta"):
         model: Any = timm.create_model(name)
@@ -232,7 +233,8 @@ def small(name: str, family: type[nn.Module]) -> Case:
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
     sizes = {"depth": 3, "embed_dim": 48, "num_heads": 4}
     pixels = {"img_size": 64 if hasattr(stem, "backbone") else 2 * patch}  # a convolutional stem reduces more
-    tries: list[dict[str, Any]] = [sizes | pixels, sizes, pixels | {"depth": 2}, {"depth": 2}, {}]
+    grouped = {"num_kv_heads": (2, 2, 4)}  # of models with grouped-query attention in some blocks
+    tries: list[dict[str, Any]] = [sizes | pixels, sizes | pixels | grouped, sizes, pixels | {"depth": 2}, {"depth": 2}]
     for options in tries:
         try:
             with torch.device("meta"):
@@ -281,9 +283,9 @@ def walk() -> Iterator[tuple[str, type[nn.Module] | None, str]]:
             yield name, None, f"{type(model).__name__}: {str(error).split('): ')[1].split(';')[0]}"
 
 
-def register(name: str, family: type[nn.Module]) -> str:
+def register(name: str) -> str:
     """Make a model of timm a case of the suites; returns the case's name."""
-    CASES[f"timm/{name}"] = small(name, family)
+    CASES[f"timm/{name}"] = small(name)
     return f"timm/{name}"
 
 
@@ -316,7 +318,7 @@ def check_timm() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
         if cls is None:
             refused.setdefault(reason, []).append(name)
             continue
-        case = register(name, cls)
+        case = register(name)
         row = plain.setdefault(kind(case), {"class": cls.__name__, "checked": name, "models": []})
         row["models"].append(name)
     for row in tqdm(plain.values(), desc="kinds of plain ViTs"):
@@ -330,9 +332,9 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     from common import RESULTS, save
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    families = check_families()
-    plain, refused = check_timm()
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        families_found, timm_found = pool.submit(check_families), pool.submit(check_timm)
+        families, (plain, refused) = families_found.result(), timm_found.result()
     save("zoo", families, RESULTS, timm=plain, refused=refused)
     failures = [f"{row['family']}, {row['placement']}, {c}: {v}" for row in families for c, v in row.items()
                 if c not in ("family", "placement") and v not in ("yes", "refused")]  # fmt: skip
