@@ -77,12 +77,14 @@ def run_predict(options: argparse.Namespace) -> int:
         raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first, or pass --checkpoint")
     model, content, config = _load(options)
     if options.labels:
-        # the training's sentences are of other classes, unless this command names them
+        # sentences of a file or a data set are of other classes, unless this command names them
         named = any(setting.startswith("data.prompts=") for setting in options.set or [])
-        data = config.data if named else dataclasses.replace(config.data, prompts="auto")
+        kept = named or config.data.prompts in ("names", "templates", None)
+        data = config.data if kept else dataclasses.replace(config.data, prompts="auto")
         choice = choose_prompts(dataclasses.replace(config, data=data), read_labels(options.labels))
     else:
-        choice = choose_prompts_of_checkpoint(config, content)
+        choice = choose_prompts_of_checkpoint(config, content, need_labels=False)
+    print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
     classes = choice.classes
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results = predict_files(

@@ -208,6 +208,8 @@ def _value(hint: Any, value: Any, source: str) -> Any:
             pass
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if origin is tuple and isinstance(value, (str, int, float)):
+        raise ValueError(f"{source} must be a list such as [{value}], not {value!r}")
     if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
         raise ValueError(f"{source} must be {getattr(hint, '__name__', hint)}, not {value!r}")
     return value

@@ -40,7 +40,8 @@ class Pool(NamedTuple):
     """The classes of some files, each once.
 
     Attributes:
-        entries: by `dataset/class`; what several files say in the same words is there once.
+        entries: by `dataset/class`; what several files say in the same words of one class, or of classes of one group,
+            is there once.
         rivals: for each class those that are similar and in the pool.
         names: for each class its name; one that stands for several has that of the first.
     """
@@ -60,8 +61,8 @@ def check_files(
     """Everything that is wrong with some files, each by itself and all together.
 
     Args:
-        files: to check; files of a known data set are held against its classes.
-        classes: that every file must have; None: those of its data set, if it is of a known one.
+        files: to check; those whose header names a known data set are held against its classes.
+        classes: that every file must have; None: those of the data set that its header names, if it is known.
         per_kind: sentences of each kind; None: what the header says, or 5.
         share: of a class's words that another may have in a kind.
     """
@@ -104,13 +105,27 @@ def dataset_of(file: PromptFile) -> str | None:
 def pool_entries(files: Sequence[PromptFile]) -> Pool:
     """The classes of files whose form is right, and their rivals: those of the group, or the most alike."""
     entries: Interpretive = {}
-    first: dict[str, str] = {}  # content -> key
+    groups = {(dataset, class_key(name)): group for group, each in load_groups().items() for dataset, name in each}
+    seen: dict[str, list[tuple[str, set[str], set[int]]]] = {}  # content -> key, classes and groups, files
     names: dict[str, str] = {}
     members: dict[tuple[str, str], str] = {}  # data set and class -> key
-    for file in files:
+    for number, file in enumerate(files):
         dataset = dataset_of(file)
         for name, entry in file.entries.items():
-            key = first.setdefault(repr(entry), f"{dataset or file.path.stem}/{name}")
+            what = {f"class {class_key(name)}"}
+            if dataset and (dataset, class_key(name)) in groups:
+                what.add(f"group {groups[dataset, class_key(name)]}")
+            alike = seen.setdefault(repr(entry), [])
+            same = [each for each in alike if number not in each[2] and what & each[1]]
+            if same:
+                key = same[0][0]
+                same[0][1].update(what)
+                same[0][2].add(number)
+            else:
+                key = f"{dataset or file.path.stem}/{name}"
+                if key in entries:  # another file has other sentences for it
+                    key = f"{file.path} ({number + 1})/{name}"
+                alike.append((key, what, {number}))
             entries[key] = entry
             names.setdefault(key, name)
             if dataset:
@@ -135,8 +150,8 @@ def _sound(files: Sequence[PromptFile]) -> list[PromptFile]:
 
 
 def _form(file: PromptFile, classes: Sequence[str] | None, per_kind: int | None) -> Iterator[Finding]:
-    dataset = dataset_of(file)
-    if classes is None and dataset:
+    dataset = file.header.get("dataset")
+    if classes is None and dataset in DATASETS:
         classes = shipped_classes(dataset)
     if classes is not None:
         have, wanted = {class_key(name) for name in file.entries}, {class_key(name) for name in classes}

@@ -71,20 +71,27 @@ def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
     return Choice(list(classes), prompts, config.train.prompts_per_step, " and ".join(parts))
 
 
-def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any]) -> Choice:
+def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any], *, need_labels: bool = True) -> Choice:
     """The texts to evaluate a checkpoint with: those of its training, unless `config` asks for other texts or labels.
 
     Args:
         config: of the evaluation.
         content: of the checkpoint, as `checkpoint.load_checkpoint` returns it.
+        need_labels: read the file of `config.data.labels` in any case, as whoever counts by its ids must; without,
+            the classes of the checkpoint hold as long as `config` names the file of its training.
+
+    Raises:
+        as `choose_prompts`; DatasetError: the file of labels.
     """
     ours = to_dict(config)["data"]
     theirs = content.get("config", {}).get("data", {})
-    if "prompts" not in content or any(ours[key] != theirs.get(key) for key in TEXT_SETTINGS):
-        return choose_prompts(config, read_labels(config.data.labels))
-    prompts, classes = content["prompts"], content["classes"]
-    if ours["labels"] != theirs.get("labels") and read_labels(config.data.labels) != classes:
-        return choose_prompts(config, read_labels(config.data.labels))
+    stored: list[str] | None = content.get("classes")
+    same_file = ours["labels"] == theirs.get("labels")
+    classes = read_labels(config.data.labels) if need_labels or stored is None or not same_file else stored
+    other_texts = any(ours[key] != theirs.get(key) for key in TEXT_SETTINGS)
+    if "prompts" not in content or other_texts or classes != stored:  # the order counts: an id is a place in the list
+        return choose_prompts(config, classes)
+    prompts = content["prompts"]
     return Choice(classes, prompts, config.train.prompts_per_step, f"the {len(prompts)} of its training")
 
 

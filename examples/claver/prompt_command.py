@@ -124,7 +124,8 @@ def run_check(options: argparse.Namespace) -> int:
     classes = _names(options.classes) if options.classes else None
     findings = check_files(files, classes, per_kind=options.per_kind, share=share)
     for rule, where, detail in findings:
-        print(f"{rule}: {where}: {detail}")
+        line = f"{rule}: {where}: {detail}"
+        print("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line))
     print(summary(files))
     counted = ", ".join(f"{count} {rule}" for rule, count in Counter(finding.rule for finding in findings).items())
     print(f"{len(findings)} findings: {counted}" if findings else "clean")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def clip_encoder(
 
     Raises:
         ImportError: open_clip is missing.
-        ValueError, RuntimeError: no such model, weights or checkpoint.
+        ValueError, OSError: no such model, weights or checkpoint.
     """
     if checkpoint is not None:
         from .checkpoint import load_model
@@ -59,7 +60,11 @@ def clip_encoder(
             raise ImportError("this needs open_clip: pip install 'kronmask[claver]'") from error
         if name not in open_clip.list_models():
             raise ValueError(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models()[:8])}, ...")
-        clip = open_clip.create_model(name, pretrained=pretrained)
+        try:
+            clip = open_clip.create_model(name, pretrained=pretrained)
+        except (RuntimeError, KeyError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"open_clip cannot load {name} with the weights {pretrained!r}: {reason}") from None
         tokens_of = open_clip.get_tokenizer(name)
         title = f"{name}, {pretrained or 'random weights'}"
     clip.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -111,11 +111,14 @@ def write_prompt_file(path: str | Path, header: Mapping[str, Any], entries: Mapp
     path = Path(path)
     content = {"format": FORMAT, **header, "classes": dict(entries)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_prompts(path: str | Path, classes: Sequence[str], kinds: Sequence[str] | None = None) -> Interpretive:
@@ -134,6 +137,9 @@ def load_prompts(path: str | Path, classes: Sequence[str], kinds: Sequence[str] 
     by_key = {class_key(name): entry for name, entry in file.entries.items()}
     wanted = {class_key(name): name for name in classes}
     faults: dict[str, list[str]] = {}
+    if len(wanted) < len(classes):
+        kept = set(wanted.values())
+        faults["classes of the list that differ from another only in spelling"] = [n for n in classes if n not in kept]
     if len(by_key) < len(file.entries):
         faults["classes that occur twice in the file"] = [f"{len(file.entries) - len(by_key)} of {len(file.entries)}"]
     faults["classes without prompts"] = [name for key, name in wanted.items() if key not in by_key]
@@ -201,8 +207,13 @@ def load_groups() -> dict[str, tuple[tuple[str, str], ...]]:
 
 
 def known_dataset(classes: Sequence[str]) -> str | None:
-    """The one of `DATASETS` that has all of these class names; where several have, the one with the fewest others."""
+    """The one of `DATASETS` that has all of these class names; where several have, the one with the fewest others.
+
+    None if there is none, or no class.
+    """
     keys = {class_key(name) for name in classes}
+    if not keys:
+        return None
     fitting = [dataset for dataset in DATASETS if keys <= {class_key(name) for name in shipped_classes(dataset)}]
     return min(fitting, key=lambda dataset: len(shipped_classes(dataset)), default=None)
 

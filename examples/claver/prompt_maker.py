@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .prompt_files import class_key, form_faults, read_prompt_file, write_prompt_file
-from .prompt_models import BusyError, ModelError, Reply, TextModel
+from .prompt_models import BusyError, ModelError, Reply, TextModel, has_key
 from .prompt_request import (
     PROMPT_VERSION,
     ReplyError,
@@ -59,7 +60,7 @@ class MakerSettings:
     def __post_init__(self) -> None:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds) or set(self.kinds) - set(KINDS):
             raise ValueError(f"kinds must be some of {', '.join(KINDS)}, each once, not {', '.join(self.kinds)}")
-        for name in ("per_kind", "max_tokens", "concurrency", "attempts"):
+        for name in ("per_kind", "max_tokens", "concurrency", "attempts", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.temperature <= 2 or not 0 < self.top_p <= 1:
@@ -92,6 +93,7 @@ class _Run:
         self.ask_from = 0.0  # time.monotonic
         self.entries: dict[str, Any] = {}
         self.usage: dict[str, float] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self.asked_before = 0  # requests of earlier runs
         self.header: dict[str, Any] = {
             "about": f"Interpretive prompts for {len(classes)} classes, made by a language model and not reviewed.",
             "kinds": list(settings.kinds),
@@ -118,9 +120,9 @@ class _Run:
             raise ValueError(f"{self.out} is there already and was not made by this command; choose another --out")
         ours, theirs = {**self.header["made"], **self.header}, {**there, **file.header}
         different = [
-            f"{key} = {theirs.get(key)!r} there, {ours[key]!r} here"
-            for key in ("model", "temperature", "top_p", "seed", "prompt_version", "kinds", "per_kind")
-            if theirs.get(key) != ours[key]
+            f"{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            for key in ("model", "endpoint", "temperature", "top_p", "seed", "prompt_version", "kinds", "per_kind")
+            if theirs.get(key) != ours.get(key)
         ]
         if different:
             raise ValueError(f"{self.out} was made with other settings ({'; '.join(different)}); choose another --out")
@@ -131,6 +133,8 @@ class _Run:
             if not form_faults(name, entry, self.settings.kinds):
                 self.entries[wanted[class_key(name)]] = entry
         self.usage.update(there.get("usage", {}))
+        self.asked_before = int(self.usage["requests"])
+        self.header = file.header | {"made": self.header["made"]}  # what people wrote into it stays
 
     def count(self, reply: Reply) -> None:
         settings = self.settings
@@ -221,8 +225,9 @@ def make_prompts(
         raise ValueError("two classes have the same name but for its spelling")
     run = _Run(classes, Path(out), model, settings)
     made = Made(found=len(run.entries), usage=run.usage)
-    run.write()  # a place where nothing can be written is found before anything is asked
     missing = [name for name in classes if name not in run.entries]
+    if missing:
+        run.write()  # a place where nothing can be written is found before anything is asked
     bar = tqdm(total=len(classes), initial=made.found, desc="making prompts", unit="class", disable=not progress)
     pool = ThreadPoolExecutor(settings.concurrency if model.concurrent else 1)
     futures: dict[Future[str], str] = {}
@@ -268,7 +273,8 @@ def _make_class(run: _Run, name: str) -> str:
     max_tokens = settings.max_tokens
     for attempt in range(settings.attempts):
         pending = [kind for kind in settings.kinds if kind not in good]
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{attempt}/{name}".encode()).digest()[:4], "big") >> 1
+        draw = f"{settings.seed}/{run.asked_before + attempt}/{name}"  # another one when a later run asks again
+        seed = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:4], "big") >> 1
         reply = run.ask(request.messages(pending, before), seed=seed, max_tokens=max_tokens)
         before = None
         if reply.refused:
@@ -282,7 +288,11 @@ def _make_class(run: _Run, name: str) -> str:
                 max_tokens = min(2 * max_tokens, 4 * settings.max_tokens)
             else:
                 faults = [str(error)]
-                before = (reply.text, faults) if "{" in reply.text else None  # prose is best asked again from the start
+                if "{" in reply.text and not has_key(reply.text):  # prose is best asked again from the start
+                    before = (reply.text.encode(errors="replace").decode(), faults)
+            continue
+        if has_key(reply.text) or has_key(json.dumps(content, ensure_ascii=False)):  # never kept, sent back or shown
+            faults = ["the reply has the key in it"]
             continue
         found, faults = taken(content, request, pending, good, run.encoder, others, run.used)
         good |= found

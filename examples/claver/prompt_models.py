@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-__all__ = ["BusyError", "Endpoint", "ModelError", "Reply", "TextModel", "local_model"]
+__all__ = ["BusyError", "Endpoint", "ModelError", "Reply", "TextModel", "has_key", "local_model"]
 
 KEY = "OPENAI_API_KEY"
+LONGEST = 20_000  # characters of a text from outside
 
 
 class Reply(NamedTuple):
@@ -77,11 +78,8 @@ class Endpoint:
         except ImportError as error:
             raise ImportError("the openai client is missing: pip install 'kronmask[prompts]'") from error
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        address = urlsplit(base_url or "")
-        if address.username or address.password or address.query:
-            raise ModelError(f"credentials belong in the environment variable {KEY}, not in the address")
-        if base_url and (address.scheme not in ("http", "https") or not address.netloc):
-            raise ModelError(f"--base-url must be an address such as http://localhost:8000/v1, not {base_url!r}")
+        if base_url:
+            _server(base_url)
         if not base_url and not os.environ.get(KEY):
             raise ModelError(f"no key in the environment variable {KEY}; a local server needs none, but --base-url")
         self._openai = openai
@@ -92,7 +90,7 @@ class Endpoint:
         self._left_out: set[str] = set()  # what the endpoint does not know
         self.made_by = {
             "model": model,
-            "endpoint": str(self._client.base_url),
+            "endpoint": _server(str(self._client.base_url)),
             "versions": {"openai": importlib.metadata.version("openai")},
         }
 
@@ -137,6 +135,21 @@ class Endpoint:
         return _reply(completion)
 
 
+def _server(url: str) -> str:
+    """`scheme://host:port` of an address. Raises ModelError, which does not show it: there may be a key in it."""
+    try:
+        address = urlsplit(url)
+        port = address.port
+    except ValueError:
+        address, port = urlsplit(""), None
+    if "@" in address.netloc or "?" in url or "#" in url:
+        raise ModelError(f"the address has user, ? or # in it; credentials belong in the environment variable {KEY}")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ModelError("--base-url must be an address such as http://localhost:8000/v1, and what is given is none")
+    host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
+    return f"{address.scheme}://{host}" + ("" if port is None else f":{port}")
+
+
 def _reply(completion: Any) -> Reply:
     """What a completion holds; servers leave out what they like."""
     choices = getattr(completion, "choices", None)
@@ -145,7 +158,7 @@ def _reply(completion: Any) -> Reply:
     message, reason = choices[0].message, choices[0].finish_reason
     usage = getattr(completion, "usage", None)
     return Reply(
-        _clean(message.content or ""),
+        (message.content or "")[:LONGEST],
         getattr(usage, "prompt_tokens", 0) or 0,
         getattr(usage, "completion_tokens", 0) or 0,
         cut_off=reason == "length",
@@ -156,7 +169,13 @@ def _reply(completion: Any) -> Reply:
 def _clean(text: str) -> str:
     """A text from outside without the key, which a server may have sent back, and not longer than is worth reading."""
     key = os.environ.get(KEY)
-    return (text.replace(key, "***") if key else text)[:20_000]
+    return (text.replace(key, "***") if key else text)[:LONGEST]
+
+
+def has_key(text: str) -> bool:
+    """Whether a text holds the key; one of fewer than 16 characters may be a word of the language, and is none."""
+    key = os.environ.get(KEY, "")
+    return len(key) >= 16 and key in text
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -192,7 +211,7 @@ class _LocalModel:
     ) -> Reply:
         tokenizer, model = self._tokenizer, self._model
         if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = _chat_text(tokenizer, messages)
         else:
             text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages) + "\n\nassistant: "
         tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)  # (1, L)
@@ -218,6 +237,20 @@ class _LocalModel:
         )
 
 
+def _chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The messages by the chat template; where that has no system role, the system's go into the first of the user."""
+    from jinja2 import TemplateError
+
+    (system, user), *others = messages[:2], *messages[2:]
+    joined = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *others]
+    for each in (messages, joined):
+        try:
+            return str(tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            reason = error
+    raise ModelError(f"the chat template of the model does not take the messages: {reason}")
+
+
 def local_model(path: str | Path) -> TextModel:
     """A Hugging Face model from a folder; nothing is downloaded and no code of the folder is run.
 
@@ -233,8 +266,8 @@ def local_model(path: str | Path) -> TextModel:
     if not path.is_dir():
         raise ModelError(f"--local takes the folder of a model, and {path} is none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no model that transformers can read: {error}") from None
     return _LocalModel(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, path)

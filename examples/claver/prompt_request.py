@@ -199,13 +199,16 @@ def read_reply(text: str) -> dict[str, Any]:
     """The JSON object of a reply, also out of a code block or with words around it.
 
     Raises:
-        ReplyError: there is none.
+        ReplyError: there is none, or it has text that UTF-8 cannot hold.
     """
     start = text.find("{")
     if start < 0:
         raise ReplyError("the reply is not a JSON object")
     try:
         content, _ = json.JSONDecoder().raw_decode(text[start:])
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ReplyError("the reply has half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:
         raise ReplyError(f"the reply is not valid JSON: {error}") from None
     return content

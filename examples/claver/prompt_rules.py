@@ -93,8 +93,10 @@ def sentence_faults(text: str, encoder: Any, context: int = CONTEXT) -> list[str
         faults.append("has line breaks or surplus spaces")
     if len(_plain_words(text)) < 3:
         faults.append("has fewer than 3 words")
-    if re.search(r"[{}\[\]<>`|\\]", text):
+    if re.search(r"[{}\[\]<>`|\\*]", text):
         faults.append("has signs that are no prose")
+    if not " ".join(text.split()).isprintable():
+        faults.append("has characters that cannot be printed")
     if (tokens := num_tokens(text, encoder)) > context:
         faults.append(f"has {tokens} CLIP tokens, at most {context} fit")
     return faults

@@ -144,7 +144,9 @@ def train(
     first_epoch, best = 0, -1.0
     history: list[dict[str, Any]] = []
     if resume:
-        first_epoch, best, history = _restore(folder / "last.pt", config, trained, optimizer, accelerator)
+        first_epoch, best, history = _restore(
+            folder / "last.pt", config, classes, prompts, trained, optimizer, accelerator
+        )
         say(f"resuming {folder} after epoch {first_epoch} of {settings.epochs}")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +247,13 @@ def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator
 
 
 def _restore(
-    path: Path, config: Config, model: Claver, optimizer: Any, accelerator: Accelerator
+    path: Path,
+    config: Config,
+    classes: list[str],
+    prompts: list[list[str]],
+    model: Claver,
+    optimizer: Any,
+    accelerator: Accelerator,
 ) -> tuple[int, float, list[dict[str, Any]]]:
     content = load_checkpoint(path)
     ours, theirs = _flat(to_dict(config)), _flat(content.get("config", {}))
@@ -256,6 +264,14 @@ def _restore(
     ]
     if different:
         raise CheckpointError(f"{path}: is of a run with other settings: {'; '.join(different)}")
+    for name, now, source in (
+        ("classes", classes, config.data.labels),
+        ("prompts", prompts, "the file of data.prompts"),
+    ):
+        if content.get(name) != now:
+            raise CheckpointError(
+                f"{path}: its {name} are not those of now; put {source} back as it was, or choose another run_dir"
+            )
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     if accelerator.scaler is not None and "scaler" in content:

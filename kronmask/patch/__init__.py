@@ -17,6 +17,7 @@ from torch import nn
 from kronmask.nn import Attention, TemporalEmbedding
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
+from kronmask.patch.temporal import TemporalEncoder
 from kronmask.patch.video import VideoEncoder, patch_encoder, unpatch_encoder
 
 __all__ = ["Entry", "Family", "VideoEncoder", "param_groups", "patch_vit", "temporal_parameters", "unpatch_vit"]
@@ -121,7 +122,8 @@ def unpatch_vit(model: Model) -> Model:
 
 def temporal_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that patching has added, by their names in `state_dict` (each contains `temporal_`)."""
-    return {name: parameter for name, parameter in model.named_parameters() if _is_temporal(name)}
+    temporal = _temporal_ids(model)
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in temporal}
 
 
 def param_groups(
@@ -149,17 +151,19 @@ def param_groups(
         for suffix, decay in (("", weight_decay), ("_no_decay", 0.0)):
             name = f"{part}{suffix}"
             groups[name] = {"name": name, "params": [], "lr": lr * factor, "weight_decay": decay}
+    temporal = _temporal_ids(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "temporal" if _is_temporal(name) else "image"
+            part = "temporal" if id(parameter) in temporal else "image"
             decays = parameter.ndim > 1 and id(parameter) not in embeddings and not _NO_DECAY.search(name)
             groups[part if decays else f"{part}_no_decay"]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
-def _is_temporal(name: str) -> bool:
-    """Whether a parameter's name goes through the child that patching adds, whatever a wrapper around the model is called."""
-    return "temporal_encoder" in name.split(".")
+def _temporal_ids(model: nn.Module) -> set[int]:
+    """The parameters of the children that patching has added, whatever they and what is around them are called."""
+    encoders = [module for module in model.modules() if isinstance(module, TemporalEncoder)]
+    return {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
 
 
 def _find(model: nn.Module) -> tuple[Any, Family]:
@@ -169,7 +173,7 @@ def _find(model: nn.Module) -> tuple[Any, Family]:
     if library is not None:
         encoder, family = importlib.import_module(f"kronmask.patch.{library}").find(model)
         return encoder, family
-    inner = next((path for path, module in model.named_modules() if path and _library(module)), None)
+    inner = next((path for path, module in model.named_modules() if path and _can_find(module)), None)
     if inner is not None:
         raise TypeError(f"patch_vit patches the ViT itself, not the {name} around it: pass model.{inner}")
     raise TypeError(
@@ -178,12 +182,21 @@ def _find(model: nn.Module) -> tuple[Any, Family]:
     )
 
 
+def _can_find(module: nn.Module) -> bool:
+    try:
+        return _library(module) is not None and bool(_find(module))
+    except TypeError:
+        return False
+
+
 def _library(model: nn.Module) -> str | None:
     packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
     return next((package for package in packages if package in LIBRARIES), None)
 
 
 def _find_declared(model: nn.Module, family: Family) -> tuple[Any, Family]:
+    if isinstance(model, family.encoder):
+        return model, family
     found = [module for module in model.modules() if isinstance(module, family.encoder)]
     if len(found) != 1:
         raise TypeError(

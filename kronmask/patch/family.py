@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -31,6 +31,8 @@ class Entry:
     def __post_init__(self) -> None:
         if self.output not in ("mean", "frames"):
             raise ValueError(f"output must be 'mean' or 'frames', not {self.output!r}")
+        if self.ndim not in (3, 4):
+            raise ValueError(f"ndim must be 3 (tokens) or 4 (images), not {self.ndim!r}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Family:
 
     The model's own code computes everything else: a clip is folded into the batch, `(B, T, C, H, W)` to `(B*T, C, H, W)`,
     and goes through the model's own methods; only the blocks behave differently, since a block is where temporal
-    attention acts. So position terms, pooling and heads of the model are its own, whatever they are.
+    attention acts. So position terms, pooling and heads of the model are its own, whatever they are. To pickle a patched
+    model, the functions of its family must be importable (no lambda).
 
     Args:
         encoder: the class whose methods take images; subclasses are meant too.
@@ -66,7 +69,11 @@ class Family:
     refused: tuple[tuple[str, str], ...] = ()
     cannot_replace: Callable[[Any, Any], str | None] | None = None
     cannot_copy: Callable[[Any, Any], str | None] | None = None
-    base: type[Any] | None = field(default=None)
+    base: type[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("entries", "per_image", "refused"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def find_blocks(self, encoder: nn.Module) -> list[nn.Module]:
         """The transformer blocks of an encoder.

@@ -12,7 +12,12 @@ from kronmask.patch.family import Entry, Family
 
 __all__ = ["FAMILIES", "find"]
 
-_ENTRIES = (Entry("forward"), Entry("forward_intermediates", "frames"))
+
+def _entries(encoder: type[nn.Module]) -> tuple[Entry, ...]:
+    entries = (Entry("forward"), Entry("forward_intermediates", "frames"))
+    return tuple(entry for entry in entries if hasattr(encoder, entry.method))  # by release
+
+
 _REFUSED = (
     (
         "prune_intermediate_layers",
@@ -47,7 +52,7 @@ FAMILIES = (
     Family(
         VisionTransformer,
         "transformer.resblocks",
-        entries=_ENTRIES,
+        entries=_entries(VisionTransformer),
         sequence_first=_is_sequence_first,
         refused=_REFUSED,
         cannot_replace=_cannot_replace,
@@ -56,7 +61,7 @@ FAMILIES = (
     Family(
         TimmModel,
         "trunk.blocks",
-        entries=_ENTRIES,
+        entries=_entries(TimmModel),
         refused=_REFUSED,
         cannot_replace=_trunk_cannot_replace,
         cannot_copy=_trunk_cannot_copy,

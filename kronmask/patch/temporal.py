@@ -76,6 +76,13 @@ class TemporalEncoder(nn.Module):
     def _embed(embedding: nn.Module, x: Tensor, frames: int) -> Tensor:
         return embedding(x.unflatten(0, (-1, frames))).flatten(0, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`: an encoder that runs all its children (`nn.Sequential`) passes through here; the blocks do the work."""
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"clips": {}}  # what a pending backward needs is no part of a copy or a file
+
     def extra_repr(self) -> str:
         return f"depth={self.depth}" + (f", replaced={self.replaced}, attention={self.mask}" if self.replaced else "")
 
@@ -110,7 +117,7 @@ class BlockSizes:
         if attn is None or linear is None:
             raise TypeError(
                 f"no multi-head attention was found in {type(block).__module__}.{type(block).__qualname__}: a module of "
-                "the block must have the attribute num_heads or num_attention_heads, and linear layers"
+                "the block must have the attribute num_heads, num_attention_heads or heads, and linear layers"
             )
         dim, heads = linear.in_features, _num_heads(attn)
         head_dim = next((getattr(attn, name) for name in ("head_dim", "attention_head_size") if hasattr(attn, name)), 0)

@@ -64,10 +64,11 @@ def _declare() -> Iterator[Family]:
         except (ImportError, AttributeError):
             continue
         head = Entry("forward_head", ndim=4, features=True) if name.endswith("SAM") else _ENTRIES[2]
+        entries = [e for e in (*_ENTRIES[:2], head, *_ENTRIES[3:]) if hasattr(encoder, e.method)]  # by release
         yield Family(
             encoder,
             "blocks",
-            entries=(*_ENTRIES[:2], head, *_ENTRIES[3:]),
+            entries=tuple(entries),
             refused=(("prune_intermediate_layers", _PRUNED),),
             cannot_replace=cannot_replace,
             cannot_copy=cannot_copy,

@@ -59,12 +59,6 @@ class HuggingFaceEncoder(VideoEncoder):
             image = cls.image_class
             cls.__module__, cls.__name__, cls.__qualname__ = image.__module__, image.__name__, image.__qualname__
 
-    def _encode(self, entry: Entry, output: str, images: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args:  # by name, since what is given for a clip is repeated for its frames by name
-            bound = inspect.signature(self.image_class.forward).bind_partial(self, images, *args, **kwargs)
-            kwargs = kwargs | dict(list(bound.arguments.items())[2 : 2 + len(args)])
-        return super()._encode(entry, output, images, (), kwargs)
-
     def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         config: Any = self.config
         if self.temporal_encoder.replaced:

@@ -1,7 +1,7 @@
 """An image encoder that takes video: its frames go through its own code as a batch, and its blocks know the clip.
 
 A patched encoder, its blocks and its patch dropout have classes made here, which inherit from the image classes. Classes, not
-closures on `forward`: copies, pickles and averaged models keep working. No module holds the size of a clip.
+closures on `forward`: copies, pickles and averaged models keep working.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -31,13 +32,15 @@ __all__ = ["VideoEncoder", "patch_encoder", "unpatch_encoder"]
 
 
 class _Running(threading.local):
-    """The encoder that is running in this thread, the frames of its clips, and where it leaves its last tokens."""
+    """The encoder that is running in this thread, its B*T images and the frames T of its clips, whether its last block has run,
+    and where it leaves its last tokens."""
 
-    def __init__(
-        self,
-    ) -> None:  # not attributes of the class, which torch.compile of 2.7 takes for the values of every thread
+    def __init__(self) -> None:
+        # not attributes of the class, which torch.compile of 2.7 takes for the values of every thread
         self.encoder: nn.Module | None = None
+        self.images = 0
         self.frames = 0
+        self.last = False
         self.tokens: list[Tensor] | None = None
 
 
@@ -48,9 +51,16 @@ def _clip_frames(encoder: Any, images: int) -> int:
     """Frames T of the clips whose B*T frames a block has before it.
 
     Within the encoder's forward they are known. When activation checkpointing runs a block again in the backward, they are those
-    of the forward whose output the backward has come from; of two pending forwards of one size, each has its own.
+    of the forward whose output the backward has come from. A backward from elsewhere (an activation that a hook has kept),
+    while a forward with as many images in clips of another length is pending, meets torch's check of recomputed shapes, which
+    the reentrant kind of checkpointing does not make.
     """
     if _running.encoder is encoder:
+        if images != _running.images:
+            raise ValueError(
+                f"a block of {type(encoder).__name__} got {images} images of the {_running.images} that all frames of all clips "
+                "are; are its tokens (N, B, D)? Then its family has sequence_first=True"
+            )
         return _running.frames
     frames = encoder.temporal_encoder.clips.get(images)
     in_backward = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
@@ -101,8 +111,7 @@ def patched_class(mixin: type[Patched], image_class: type[nn.Module], family: Fa
         if issubclass(mixin, VideoBlock):
             members["forward"] = _block_forward(image_class)
         if family is not None:
-            entries = [entry for entry in family.entries if hasattr(image_class, entry.method)]
-            members |= {entry.method: _entry_method(entry, image_class, family) for entry in entries}
+            members |= {entry.method: _entry_method(entry, image_class, family) for entry in family.entries}
             members |= {name: _refusing(name, reason) for name, reason in family.refused if hasattr(image_class, name)}
         make: Any = type
         made = make(f"Kron{image_class.__name__}", (mixin, image_class), members)
@@ -145,7 +154,7 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             x = _on_tokens(temporal.before, index, x, frames, batch_dim)
             if index in temporal.replaced:
                 assert temporal.mask is not None
-                attention = ClipAttention(frames, temporal.mask)
+                attention = ClipAttention(x.shape[batch_dim], frames, temporal.mask)
                 with attention:
                     output = image_class.forward(self, x, *args, **kwargs)
                 attention.check(image_class)
@@ -159,9 +168,12 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             output = checkpoint(run, x, *args, use_reentrant=False, **kwargs)
         else:
             output = run(x, *args, **kwargs)
-        if index == temporal.depth - 1 and _running.encoder is encoder and _running.tokens is not None:
-            tokens = output[0] if isinstance(output, tuple) else output
-            _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
+        if index == temporal.depth - 1 and _running.encoder is encoder:
+            if not torch.compiler.is_compiling():  # which allows no trace of a checkpointed block to be left
+                _running.last = True
+            if _running.tokens is not None:
+                tokens = output[0] if isinstance(output, tuple) else output
+                _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
         return output
 
     return forward
@@ -183,8 +195,9 @@ class ClipAttention(TorchFunctionMode):
     position in the frame alone, and so also hold between frames), gates, output.
     """
 
-    def __init__(self, frames: int, mask: MaskRule) -> None:
+    def __init__(self, images: int, frames: int, mask: MaskRule) -> None:
         super().__init__()
+        self.images = images
         self.frames = frames
         self.mask = mask
         self.calls = 0
@@ -214,9 +227,12 @@ class ClipAttention(TorchFunctionMode):
                 "placement='append' or 'interleave'"
             )
         refuse_dropout(dropout_p)
+        if query.ndim != 4 or query.shape[0] != self.images or query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"placement='replace' needs attention of all tokens of a frame to each other, (B*T, heads, N, D) with B*T = "
+                f"{self.images}; the block attends from {tuple(query.shape)} to {tuple(key.shape)}"
+            )
         frames, tokens, head_dim = self.frames, key.shape[2], key.shape[3]
-        if query.shape[2] != tokens:
-            raise ValueError("placement='replace' needs attention of all tokens of a frame to each other")
         rule = self.mask(frames, tokens)
         query, key, value = (
             x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3) for x in (query, key, value)
@@ -251,13 +267,16 @@ class VideoMultiheadAttention(Patched):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """`query`, which is also key and value, to the same shape; no attention weights."""
+        """As `nn.MultiheadAttention`, but for attention weights, which are not computed."""
         if key_padding_mask is not None:
             attn_mask = key_padding_mask
-        x = query if self.batch_first else query.transpose(0, 1)
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        shape = (x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.view(shape).permute(2, 0, 3, 1, 4)
+        inputs = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]  # (B, N, D)
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(x, weight, bias).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
         dropout = self.dropout if self.training else 0.0
         output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout, is_causal)
         output = self.out_proj(output.transpose(1, 2).flatten(2))
@@ -349,14 +368,23 @@ class VideoEncoder(Patched):
         method = getattr(self.image_class, entry.method)
         if _running.encoder is self:  # called by another entry, on frames
             return method(self, images, *args, **kwargs)
+        if args and type(self).family.per_image:  # by name, since `_prepare` looks for them by name
+            bound = inspect.signature(method).bind_partial(self, images, *args, **kwargs)
+            args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
         video = _clips(images, entry, self.temporal_encoder.channels)
         batch, frames = video.shape[0], video.shape[1]
-        outer = _running.encoder, _running.frames
-        _running.encoder, _running.frames = self, frames
+        outer = _running.encoder, _running.images, _running.frames, _running.last
+        _running.encoder, _running.images, _running.frames, _running.last = self, batch * frames, frames, False
         try:
             result = method(self, video.flatten(0, 1), *args, **self._prepare(video, dict(kwargs)))
+            appended = self.temporal_encoder.blocks and not torch.compiler.is_compiling()
+            if appended and not (_running.last or entry.features):
+                raise ValueError(
+                    f"{entry.method} has not run the last block, which the temporal blocks of placement='append' follow; let it "
+                    "run (no stop_early, no output of an earlier block), or use placement='interleave' or 'replace'"
+                )
         finally:
-            _running.encoder, _running.frames = outer
+            _running.encoder, _running.images, _running.frames, _running.last = outer
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _note_clips(self.temporal_encoder.clips, batch * frames, frames, (result, _running.tokens))
         return _by_clip(result, (batch, frames), mean=output == "mean")
@@ -458,14 +486,23 @@ def _by_clip(output: Any, sizes: tuple[int, int], mean: bool, depth: int = 0) ->
     """
     if isinstance(output, Tensor):
         if output.ndim == 0 or output.shape[0] != sizes[0] * sizes[1]:
+            if mean and output.ndim:
+                raise ValueError(
+                    f"the image model returned a tensor of shape {tuple(output.shape)} for {sizes[0] * sizes[1]} images, "
+                    "which has no row for each of them to be averaged over the frames of a clip"
+                )
             return output
         frames = output.unflatten(0, sizes)
         return frames.mean(1) if mean and output.is_floating_point() else frames
     if isinstance(output, Mapping):
         values = {k: _by_clip(v, sizes, mean and k not in _FRAME_FIELDS, depth + 1) for k, v in output.items()}
-        return type(output)(**values)
+        return values if type(output) is dict else type(output)(**values)
     if isinstance(output, (tuple, list)):
-        return type(output)(_by_clip(value, sizes, mean and depth == 0, depth + 1) for value in output)
+        parts = [_by_clip(value, sizes, mean and depth == 0, depth + 1) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if is_dataclass(output) and not isinstance(output, type):
+        values = {f.name: _by_clip(getattr(output, f.name), sizes, mean, depth + 1) for f in fields(output)}
+        return replace(output, **values)
     return output
 
 
@@ -482,6 +519,18 @@ def patch_encoder(encoder: nn.Module, family: Family, settings: Settings) -> Non
     blocks, sequence_first = family.find_blocks(encoder), family.is_sequence_first(encoder)
     if any(isinstance(module, Patched) for module in blocks):
         raise ValueError("the blocks of this model are patched already; call unpatch_vit(model) first")
+    if len(set(blocks)) != len(blocks):
+        raise TypeError(
+            f"a block of this {type(encoder).__qualname__} is used more than once, which patch_vit cannot tell apart"
+        )
+    taken = [n for m, n in ((encoder, "temporal_encoder"), *((b, "temporal_link") for b in blocks)) if hasattr(m, n)]
+    if taken:
+        raise ValueError(f"this {type(encoder).__qualname__} has a {taken[0]} of its own, a name that patch_vit needs")
+    missing = [entry.method for entry in family.entries if not hasattr(encoder, entry.method)]
+    if missing:
+        raise TypeError(
+            f"{type(encoder).__qualname__} has no method {missing[0]!r}, which its family names as an entry"
+        )
     for module in (encoder, *blocks):
         _refuse_own_forward(module, family.entries if module is encoder else (Entry("forward"),))
     if settings.init == "copy" and settings.placement != "replace" and family.cannot_copy:
@@ -493,7 +542,8 @@ def patch_encoder(encoder: nn.Module, family: Family, settings: Settings) -> Non
     temporal = build_temporal_encoder(settings, blocks, sequence_first)
     for index in temporal.replaced:
         _check_replaced(encoder, blocks[index], family)
-    convolution = next((module for module in encoder.modules() if isinstance(module, nn.Conv2d)), None)
+    inner = {module for block in blocks for module in block.modules()}
+    convolution = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m not in inner), None)
     temporal.channels = None if convolution is None else convolution.in_channels
 
     for index, block in enumerate(blocks):
@@ -549,6 +599,8 @@ def _check_replaced(encoder: nn.Module, block: nn.Module, family: Family) -> Non
             drop = module.dropout
             if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
                 reason = "its nn.MultiheadAttention has other options than query, key and value of one width"
+            if type(module).forward is not nn.MultiheadAttention.forward:
+                reason = f"{type(module).__qualname__} changes what nn.MultiheadAttention does"
         refuse_dropout(drop.p if isinstance(drop, nn.Dropout) else drop if isinstance(drop, float) else 0.0)
         if getattr(module, "fused_attn", True) is False:
             reason = "its attention is not fused (fused_attn is False)"

@@ -75,7 +75,7 @@ class ChatServer:
         most: how many requests there were at a time.
     """
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Answer] = good, seconds: float = 0.0) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer] = good, seconds: float = 0.0, port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
@@ -113,7 +113,7 @@ class ChatServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 

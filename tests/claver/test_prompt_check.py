@@ -10,7 +10,15 @@ import pytest
 import torch
 from chat_server import entry_for
 from claver.prompt_confusion import NAMES, clip_encoder, compare_texts, nearest
-from claver.prompt_files import FORMAT, load_prompts, read_prompt_file, shipped_classes, shipped_file, write_prompt_file
+from claver.prompt_files import (
+    FORMAT,
+    known_dataset,
+    load_prompts,
+    read_prompt_file,
+    shipped_classes,
+    shipped_file,
+    write_prompt_file,
+)
 from claver.prompt_rules import (
     class_words,
     closer_rival,
@@ -98,6 +106,10 @@ def within(entries):
         (lambda e: e["juggling eggs"]["scene"].pop(), "number: juggling eggs/scene: 4 sentences, not 5"),
         (put("juggling eggs", "scene", 0, "egg " * 80), "CLIP tokens, at most 77 fit"),
         (put("juggling eggs", "scene", 0, "Two words"), "has fewer than 3 words"),
+        (put("juggling eggs", "scene", 0, "An *** egg is thrown up"), "has signs that are no prose"),
+        (put("juggling eggs", "scene", 0, "An egg \u202emoves up high"), "has characters that cannot be printed"),
+        (put("juggling eggs", "scene", 0, "An egg\x07 moves up high"), "has characters that cannot be printed"),
+        (put("juggling eggs", "scene", 0, "An egg \ud83d moves up high"), "has characters that cannot be printed"),
         (
             put("juggling eggs", "scene", 0, "Somebody folds a map of the town."),
             "names another class: p/juggling eggs/scene",
@@ -116,12 +128,38 @@ def test_each_fault_is_found_and_named(tmp_path, capsys, names, change, finding)
     assert "findings:" in printed.splitlines()[-1]
 
 
+def test_a_class_that_has_the_sentences_of_another_is_found(tmp_path, capsys, names):
+    path = write(tmp_path / "p.json", lambda e: e.update({"folding a map": e["juggling eggs"]}))
+    status, printed = check(path, capsys, "--classes", str(names))
+    assert status == 1
+    assert printed.count("repetition across classes: p/juggling eggs/") == 20
+
+
+def test_files_may_share_sentences_of_the_same_class_and_of_no_other(tmp_path, capsys):
+    first = write(tmp_path / "a.json")
+    assert check(first, capsys, str(write(tmp_path / "b.json", classes=CLASSES[:2])))[0] == 0
+    second = write(tmp_path / "b.json", lambda e: e.update(fishing=e.pop("juggling eggs")))
+    printed = check(first, capsys, str(second))[1]
+    assert "repetition across classes: a/juggling eggs/scene: 1.00 of the words of b/fishing/scene" in printed
+    (tmp_path / "c").mkdir()
+    other = write(tmp_path / "c" / "a.json", put("juggling eggs", "scene", 0, "Two words"), classes=CLASSES[:1])
+    printed = check(other, capsys, str(first))[1]  # a class of the same name does not hide the other
+    assert "sentence: a/juggling eggs/scene: has fewer than 3 words" in printed
+
+
 def test_a_file_of_a_known_data_set_is_held_against_its_classes(tmp_path, capsys):
     write(tmp_path / "p.json", header={"dataset": "hmdb51"}, classes=["wave", "juggling eggs"])
     status, printed = check(tmp_path / "p.json", capsys)
     assert status == 1
     assert "coverage: brush hair: has no prompts" in printed
     assert "coverage: juggling eggs: is no class of the list" in printed
+
+
+def test_a_file_that_names_no_data_set_need_not_have_all_classes_of_one(tmp_path, capsys):
+    assert known_dataset([]) is None
+    for header in (None, {"version": "1"}):
+        write(tmp_path / "p.json", header=header, classes=["wave", "brush hair"])
+        assert "coverage" not in check(tmp_path / "p.json", capsys)[1]
 
 
 def test_a_file_may_have_some_kinds_and_other_numbers_if_it_says_so(tmp_path, capsys):
@@ -161,6 +199,9 @@ def test_both_forms_load_and_more_classes_kinds_and_sentences_do_no_harm(tmp_pat
     assert read_prompt_file(tmp_path / "header.json").header == {"format": FORMAT, "version": "1.0"}
     with pytest.raises(ValueError, match="1 classes without prompts: 'x'\n  3 unknown classes"):
         load_prompts(tmp_path / "plain.json", ["x"])
+    twice = r"1 classes of the list that differ from another only in spelling: 'folding_a_map'"
+    with pytest.raises(ValueError, match=twice):
+        load_prompts(tmp_path / "plain.json", ["folding_a_map", "folding a map"])
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------
@@ -284,6 +325,10 @@ def test_confusion_draws_a_picture_with_any_clip(tmp_path, capsys, monkeypatch):
     assert all({first, second} <= names for first, second in pairs)
     assert claver_k400.main(["prompts", "confusion", str(path), "--model", "no-such-model"]) == 1
     assert "open_clip has no model 'no-such-model'" in capsys.readouterr().err
+    arguments[3] = "no-such-weights"
+    assert claver_k400.main(["prompts", "confusion", str(path), *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert "error: open_clip cannot load tiny-for-test with the weights 'no-such-weights'" in printed
 
 
 def test_confusion_takes_a_checkpoint_of_this_program(tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 import claver_k400
 import pytest
 from chat_server import entry_for
-from claver.checkpoint import load_checkpoint
+from claver.checkpoint import load_checkpoint, save_checkpoint
 from claver.config import Config, DataConfig, from_dict, load_config, to_dict
+from claver.data import DatasetError
 from claver.demo import demo_config
+from claver.model import build_model
 from claver.motions import MOTIONS, MotionDataset
 from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
 from claver.prompt_files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
@@ -99,6 +101,7 @@ def test_a_file_may_have_more_classes_and_any_number_of_sentences(tmp_path):
     ("data", "message"),
     [
         ({"kinds": ["smell"]}, "data.kinds must be one of"),
+        ({"kinds": "scene"}, r"kinds must be a list such as \[scene\], not 'scene'"),
         ({"kinds": []}, "data.kinds must be one or more different kinds"),
         ({"kinds": ["scene", "scene"]}, "data.kinds must be one or more different kinds"),
         ({"per_kind": 0}, "data.per_kind must be at least 1"),
@@ -156,7 +159,9 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
 
     video = f"{config.data.root}/videos/test_00000.mp4"
     assert claver_k400.main(["predict", "--checkpoint", checkpoint, "--labels", str(other), "--top", "101", video]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 102
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 102
+    assert "texts of 101 classes: 16 templates and 20 sentences" in printed.err
 
 
 def test_class_names_alone_are_trained_on_without_further_settings(run, capsys):
@@ -175,5 +180,44 @@ def test_a_checkpoint_keeps_its_texts_where_only_the_place_of_the_labels_changes
     assert choose_prompts_of_checkpoint(here, content).prompts == [["x"] * 8]
     old = {**content, "config": {"data": {"labels": "gone.csv", "prompts": None, "templates": None}}}  # before kinds
     before = from_dict(old["config"])
-    assert choose_prompts_of_checkpoint(before, old).prompts == [["x"] * 8]
+    assert choose_prompts_of_checkpoint(before, old, need_labels=False).prompts == [["x"] * 8]  # as predict has it
     assert ACTION_TEMPLATES[0].format("archery") == build_prompts(["archery"])[0][0]
+
+
+@pytest.mark.parametrize("change", [lambda names: names[::-1], lambda names: names[:7], lambda names: names])
+def test_evaluation_reads_the_labels_again_and_prediction_need_not(run, tmp_path, change):
+    config, classes = run
+    labels = tmp_path / "labels.csv"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=str(labels)))
+    content = {"prompts": [["x"] * 8], "classes": classes, "config": to_dict(config)}
+    with pytest.raises(DatasetError):
+        choose_prompts_of_checkpoint(config, content)
+    with labels.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "name"), *enumerate(change(classes))])
+    choice = choose_prompts_of_checkpoint(config, content)
+    assert choice.classes == change(classes)
+    assert (choice.prompts == [["x"] * 8]) == (change(classes) == classes)
+    assert choose_prompts_of_checkpoint(config, content, need_labels=False).classes == classes
+
+
+def test_prediction_of_other_classes_keeps_names_and_templates_but_no_sentences_of_a_file(run, tmp_path, capsys):
+    config, classes = run
+    data = dataclasses.replace(config.data, prompts="names")
+    config = dataclasses.replace(config, data=data)
+    checkpoint, labels = tmp_path / "c.pt", tmp_path / "labels.csv"
+    save_checkpoint(checkpoint, build_model(config.model), config, classes, build_prompts(classes, ["{}"]))
+    labels.write_text("id,name\n0,archery\n1,zumba\n")
+    video = f"{config.data.root}/videos/test_00000.mp4"
+    command = ["predict", "--checkpoint", str(checkpoint), "--labels", str(labels), video]
+
+    def texts(*options):
+        assert claver_k400.main([*command, *options]) == 0
+        return capsys.readouterr().err
+
+    assert "the class names alone" in texts()
+    assert "20 sentences" in texts("--set", "data.prompts=kinetics400")
+    file = tmp_path / "c.yaml"
+    for prompts, said in (("templates", "16 templates\n"), ("hmdb51", "of the shipped set kinetics400")):
+        values = to_dict(config) | {"data": to_dict(config)["data"] | {"prompts": prompts}}
+        file.write_text(json.dumps(values))  # JSON is YAML
+        assert said in texts("--config", str(file))

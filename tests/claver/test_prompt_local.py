@@ -7,7 +7,7 @@ import pytest
 import torch
 from chat_server import entry_for
 from claver.prompt_files import load_prompts, read_prompt_file
-from claver.prompt_models import ModelError, local_model
+from claver.prompt_models import ModelError, _chat_text, local_model
 from claver.prompt_request import Request
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -81,3 +81,30 @@ def test_a_request_that_does_not_fit_and_a_folder_without_a_model_are_refused(tm
         with pytest.raises(ModelError, match=str(folder)):
             local_model(folder)
     assert claver_k400.main(["prompts", "make", "--classes", "x.txt", "--out", "y.json"]) == 1
+
+
+def test_a_template_without_a_system_role_has_the_rules_with_the_first_request(tmp_path):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    folder = save_model(tmp_path / "small", "a", chat=True)
+    model = local_model(folder)
+    loop = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    model._tokenizer.chat_template = refuses + loop
+    messages = Request("juggling").messages()
+    text = _chat_text(model._tokenizer, messages)
+    assert text.startswith(f"<user>{messages[0]['content']}\n\n{messages[1]['content']}\n<assistant>")
+    assert model.ask(messages, seed=0, max_tokens=8, temperature=0.9, top_p=0.95).text == "a"
+    model._tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ModelError, match="chat template of the model does not take the messages: never"):
+        _chat_text(model._tokenizer, messages)
+
+
+def test_no_code_of_the_folder_is_run_and_nobody_is_asked_whether_it_may(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "small", "a")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass C: pass\nclass M: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError, match="no model that transformers can read"):
+        local_model(folder)
+    assert not (tmp_path / "ran").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import claver_k400
 import pytest
 from chat_server import ChatServer, asked, entry_for, fails, first, good, made_up_sentence, says
-from claver.prompt_files import load_prompts, read_prompt_file
+from claver.prompt_files import load_prompts, read_prompt_file, write_prompt_file
 from claver.prompt_maker import MakerSettings, make_prompts
 from claver.prompt_models import Endpoint, ModelError, _retry_after
 from claver.prompt_request import PROMPT_VERSION
@@ -50,7 +50,7 @@ def test_a_file_is_made_for_every_class_and_says_how(tmp_path):
     file = read_prompt_file(out)
     assert list(file.entries) == CLASSES
     record = file.header["made"]
-    assert (record["model"], record["endpoint"], record["seed"]) == ("small-model", server.url + "/", 7)
+    assert (record["model"], record["endpoint"], record["seed"]) == ("small-model", server.url.removesuffix("/v1"), 7)
     assert (record["temperature"], record["top_p"], record["prompt_version"]) == (0.9, 0.95, PROMPT_VERSION)
     assert record["usage"] == {"requests": 6, "prompt_tokens": 600, "completion_tokens": 60, "cost": 0.0018}
     assert {"date", "versions"} <= record.keys()
@@ -144,13 +144,28 @@ def replace(text):
         (replace("Somebody folds a map on the table."), "names the other action folding a map"),
         (replace("two\nlines of it"), "line breaks"),
         (replace("{action} in a room."), "no prose"),
+        (replace("An egg \ud83d moves up high."), "half of a surrogate pair"),
+        (says('{"scene": ["An egg \ud83d moves'), "not valid JSON"),
         (spoilt(lambda name, entry: entry["scene"].pop()), "4 sentences, not 5"),
         (spoilt(lambda name, entry: entry.pop("scene")), "scene is missing"),
         (spoilt(lambda name, entry: entry.update(scene="one")), "not a list of strings"),
         (spoilt(lambda name, entry: entry["scene"].__setitem__(1, entry["scene"][0])), "repeats another sentence"),
         (spoilt(lambda name, entry: entry["scene"].__setitem__(1, entry["synonyms"][0])), "repeats another sentence"),
     ],
-    ids=["json", "long", "name", "lines", "braces", "number", "kind", "type", "twice", "twice in two kinds"],
+    ids=[
+        "json",
+        "long",
+        "name",
+        "lines",
+        "braces",
+        "surrogate",
+        "raw surrogate",
+        "number",
+        "kind",
+        "type",
+        "twice",
+        "twice in two kinds",
+    ],
 )
 def test_a_wrong_reply_is_told_its_faults_and_mended(tmp_path, answer, fault):
     classes = ["juggling eggs", "folding a map"]
@@ -163,7 +178,7 @@ def test_a_wrong_reply_is_told_its_faults_and_mended(tmp_path, answer, fault):
     again = json.loads(wrong[0]["messages"][-1]["content"])
     assert any(fault in each for each in again["wrong_with_the_reply"])
     assert "scene" in again["kinds"]
-    if "JSON" not in fault:  # what was right is kept
+    if "JSON" not in fault and "surrogate" not in fault:  # what was right is kept
         assert "decomposition" not in again["kinds"]
     assert load_prompts(tmp_path / "p.json", classes) == {name: entry_for(name) for name in classes}
 
@@ -202,8 +217,10 @@ def test_a_class_that_never_comes_right_is_reported_and_tried_again_by_the_next_
     printed = capsys.readouterr()
     assert f"{CLASSES[2]}: given up after 2 replies" in printed.err
     assert "5 classes made, 0 found there, 1 failed" in printed.out
-    with ChatServer() as server:
+    seeds = {request["seed"] for request in server.requests}
+    with ChatServer(port=server.server.server_port) as server:
         assert claver_k400.main([*command, "--base-url", server.url]) == 0
+    assert server.requests[0]["seed"] not in seeds  # those would bring the same replies
     assert server.names == [CLASSES[2]]
     assert list(load_prompts(out, CLASSES)) == CLASSES
 
@@ -220,15 +237,18 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_that_was_made(tmp_path):
     before = read_prompt_file(out)
     assert list(before.entries) == CLASSES[:3]
     with pytest.raises(ModelError, match=r"no connection(.|\n)*3 of 6"):  # it is gone
-        make(server, out, patience=0)
-    with ChatServer() as server:
+        make(server, out, patience=1)
+    with ChatServer(port=server.server.server_port) as server:
         made = make(server, out)
     assert (made.made, made.found) == (3, 3)
     assert sorted(server.names) == sorted(CLASSES[3:])
     assert read_prompt_file(out).header["made"]["usage"]["requests"] == 6
-    with ChatServer() as server:
+    text = out.read_text().replace("}", " }")
+    out.write_text(text)
+    with ChatServer(port=server.server.server_port) as server:
         assert make(server, out).made == 0
     assert server.requests == []
+    assert out.read_text() == text  # nothing is missing, nothing is written
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
@@ -273,12 +293,33 @@ def test_a_file_of_other_settings_or_of_other_hands_is_not_touched(tmp_path):
             ValueError, match=r"other settings \(temperature = 0.9 there, 0.5 here; seed = 0 there, 1 here\)"
         ):
             make(server, out, temperature=0.5, seed=1)
+        with ChatServer() as other, pytest.raises(ValueError, match=r"other settings \(endpoint = "):
+            make(other, out)
         with pytest.raises(ValueError, match="has the class 'juggling eggs', which is not in the list"):
             make(server, out, CLASSES[1:])
         assert out.read_bytes() == before
         out.write_text(json.dumps({name: entry_for(name) for name in CLASSES}))
         with pytest.raises(ValueError, match="was not made by this command"):
             make(server, out)
+
+
+def test_what_people_wrote_into_the_header_stays(tmp_path):
+    out = tmp_path / "p.json"
+    with ChatServer() as server:
+        make(server, out, CLASSES[:2])
+        file = read_prompt_file(out)
+        ours = {"about": "Read by us.", "licence": "CC0-1.0", "version": "2", "dataset": "ours"}
+        write_prompt_file(out, file.header | ours, file.entries)
+        make(server, out)
+    header = read_prompt_file(out).header
+    assert {key: header[key] for key in ours} == ours
+    assert header["made"]["usage"]["requests"] == len(CLASSES)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_prompt_file(tmp_path / "p.json", {}, {"a": "\ud83d"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_endpoint_does_not_know_is_left_out(tmp_path):
@@ -298,6 +339,7 @@ def test_what_an_endpoint_does_not_know_is_left_out(tmp_path):
     [
         ({"kinds": ("smell",)}, "kinds must be some of"),
         ({"kinds": ()}, "kinds must be some of"),
+        ({"patience": 0}, "patience must be at least 1"),
         ({"per_kind": 0}, "per_kind must be at least 1"),
         ({"top_p": 0.0}, "top-p above 0"),
     ],

@@ -73,10 +73,12 @@ def test_the_names_of_the_known_data_sets_are_names():
         fails(429, KEY, code="insufficient_quota"),
         fails(400, f"bad request of {KEY}"),
         says(f'{{"scene": ["A {KEY} lies on the table."]}}'),
+        says('{"scene": ["A ' + "".join(f"\\u{ord(letter):04x}" for letter in KEY) + ' lies here."]}'),
+        says(f'{{"scene": ["A {KEY} lies'),
         says(f"I am sorry, {KEY}"),
         {"status": 200, "raw": f"<html>{KEY}".encode()},
     ],
-    ids=["401", "500", "quota", "400", "sentence", "prose", "html"],
+    ids=["401", "500", "quota", "400", "sentence", "escaped", "no JSON", "prose", "html"],
 )
 def test_the_key_reaches_the_endpoint_and_nothing_else(tmp_path, capfd, caplog, answer):
     (tmp_path / "names.txt").write_text("juggling eggs\n")
@@ -94,14 +96,34 @@ def test_the_key_reaches_the_endpoint_and_nothing_else(tmp_path, capfd, caplog, 
 
 
 def test_a_key_in_the_address_or_none_at_all_is_refused(monkeypatch):
-    for address in (f"http://me:{KEY}@127.0.0.1/v1", f"http://127.0.0.1/v1?key={KEY}"):
+    addresses = [f"http://me:{KEY}@127.0.0.1/v1", f"http://127.0.0.1/v1?key={KEY}", f"http://127.0.0.1/v1#{KEY}"]
+    for address in addresses:
         with pytest.raises(ModelError, match="OPENAI_API_KEY") as caught:
             Endpoint("m", address)
         assert KEY not in str(caught.value)
-    with pytest.raises(ModelError, match="must be an address"):
-        Endpoint("m", "localhost")
+    for address in (
+        "localhost",
+        KEY,
+        f"me:{KEY}@127.0.0.1/v1",
+        f"http://[{KEY}/v1",
+        f"http://host:{KEY}/v1",
+        f"http:///{KEY}",
+    ):
+        with pytest.raises(ModelError, match="must be an address") as caught:
+            Endpoint("m", address)
+        assert KEY not in str(caught.value)
+    assert Endpoint("m", f"https://127.0.0.1:8000/{KEY}/v1").made_by["endpoint"] == "https://127.0.0.1:8000"
+    assert Endpoint("m").made_by["endpoint"] == "https://api.openai.com"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ModelError, match="no key in the environment variable OPENAI_API_KEY"):
         Endpoint("m")
     with ChatServer() as server:  # a local server needs none
         Endpoint("m", server.url).ask(Request("a").messages(), seed=0, max_tokens=9, temperature=1.0, top_p=1.0)
+
+
+def test_a_short_key_is_a_word_like_others_in_a_reply(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    entry = {**entry_for("juggling"), "synonyms": ["A monkey throws keys.", *entry_for("juggling")["synonyms"][1:]]}
+    with ChatServer(lambda request: says(json.dumps(entry))) as server:
+        make(server, tmp_path / "p.json", ["juggling"])
+    assert load_prompts(tmp_path / "p.json", ["juggling"]) == {"juggling": entry}

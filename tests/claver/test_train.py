@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint
-from claver.data import DatasetError
+from claver.data import DatasetError, read_labels
 from claver.train import contrastive_loss, learning_rate, run_evaluation, train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +63,27 @@ def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
     with pytest.raises(CheckpointError, match="train.lr = 0.001 there, 0.5 here"):
         train(changed, resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_classes_or_texts_under_the_same_names(tmp_path):
+    config = small_config(tmp_path, epochs=1)
+    labels, file = Path(config.data.labels), tmp_path / "p.json"
+    text = labels.read_text()
+    sentences = {name: {"scene": [f"It is {name} here."]} for name in read_labels(labels)}
+    file.write_text(json.dumps(sentences))
+    data = dataclasses.replace(config.data, prompts=str(file), kinds=("scene",))
+    config = dataclasses.replace(config, data=data)
+    train(config)
+    train(config, resume=True)
+    file.write_text(json.dumps({name: {"scene": [f"It was {name} here."]} for name in sentences}))
+    with pytest.raises(CheckpointError, match="its prompts are not those of now"):
+        train(config, resume=True)
+    file.write_text(json.dumps(sentences))
+    labels.write_text("id,name\n" + "".join(f"{i},{name}\n" for i, name in enumerate(reversed(sentences))))
+    with pytest.raises(CheckpointError, match="its classes are not those of now"):
+        train(config, resume=True)
+    labels.write_text(text)
+    train(config, resume=True)
 
 
 def test_a_run_leaves_its_configuration_history_and_checkpoints_in_its_folder_alone(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import open_clip.transformer as oc
 import pytest
 import timm.models.vision_transformer as timm_vit
@@ -10,7 +13,7 @@ import transformers
 from models import CASES, HF, OwnViT, clip, encoder, hf_clip, image_model, timm_model
 from torch import nn
 
-from kronmask import masks, patch_vit, unpatch_vit
+from kronmask import masks, patch_vit, temporal_parameters, unpatch_vit
 from kronmask.patch import Entry, Family
 
 
@@ -164,3 +167,109 @@ def test_a_subclass_of_a_known_vit_is_patched_as_one() -> None:
     model = patch_vit(Mine(img_size=32, embed_dim=24, depth=1, num_heads=2))
     assert isinstance(model, Mine)
     assert type(unpatch_vit(model)) is Mine
+
+
+class Wrong(nn.Module):
+    """A ViT whose forward is what a test says."""
+
+    def __init__(self, run, **options) -> None:
+        super().__init__()
+        self.stem, self.run = nn.Conv2d(3, 24, 16, 16), run
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, 24, 0.0, **options) for _ in range(3))
+
+    def forward(self, images: torch.Tensor):
+        return self.run(self, self.stem(images).flatten(2).transpose(1, 2))
+
+
+WRONG = Family(Wrong, "layers")
+
+
+def through(model: Wrong, x: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers:
+        x = layer(x)
+    return x
+
+
+def sequence_first(model: Wrong, x: torch.Tensor) -> torch.Tensor:
+    return through(model, x.transpose(0, 1)).mean(0)
+
+
+def penultimate(model: Wrong, x: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers[:-1]:
+        x = layer(x)
+    return x.mean(1)
+
+
+def test_what_would_be_wrong_in_silence_is_refused() -> None:
+    video = torch.randn(2, 4, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"got 4 images of the 8 .*sequence_first=True"):
+        patch_vit(Wrong(sequence_first), family=WRONG)(video)
+    with pytest.raises(ValueError, match="has not run the last block"):
+        patch_vit(Wrong(penultimate, batch_first=True), family=WRONG)(video)
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 24\) for 8 images, which has no row for each"):
+        patch_vit(Wrong(lambda m, x: through(m, x).transpose(0, 1), batch_first=True), family=WRONG)(video)
+    model = timm_model()
+    with pytest.raises(ValueError, match="forward_intermediates has not run the last block"):
+        patch_vit(model).forward_intermediates(video, indices=[0], stop_early=True)
+
+
+def test_names_and_blocks_that_patching_cannot_tell_apart_are_refused() -> None:
+    model = Wrong(through, batch_first=True)
+    model.temporal_encoder = nn.Linear(2, 2)
+    refuses(model, ValueError, "temporal_encoder of its own", family=WRONG)
+    model = Wrong(through, batch_first=True)
+    model.layers[2] = model.layers[0]
+    refuses(model, TypeError, "used more than once", family=WRONG)
+    misspelt = Family(Wrong, "layers", entries=(Entry("forwrad"),))
+    refuses(Wrong(through), TypeError, "no method 'forwrad'", family=misspelt)
+
+
+class Named(NamedTuple):
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+
+@dataclass
+class Data:
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Named, Data, dict])
+def test_outputs_of_any_kind_are_per_clip(kind) -> None:
+    def run(model: Wrong, x: torch.Tensor):
+        x = through(model, x)
+        return kind(tokens=x, pooled=x.mean(1))
+
+    output = patch_vit(Wrong(run, batch_first=True), family=WRONG)(torch.randn(2, 4, 3, 32, 32))
+    assert type(output) is kind
+    tokens, pooled = output.values() if kind is dict else (output.tokens, output.pooled)
+    assert (tokens.shape, pooled.shape) == ((2, 4, 24), (2, 24))
+
+
+class Tripled(nn.MultiheadAttention):
+    def forward(self, query, key, value, **options):
+        return super().forward(3 * query, key, value, **options)
+
+
+class TwoInputs(nn.TransformerEncoderLayer):
+    """Positions are added to queries and keys alone, as in DETR."""
+
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+        return self.self_attn(x + 1, x + torch.linspace(0, 1, x.shape[1])[:, None], x)[0]
+
+
+def test_multihead_attention_of_several_inputs_stays_what_it_is_and_of_a_subclass_is_refused() -> None:
+    model, video = Wrong(lambda m, x: through(m, x).mean(1), batch_first=True), torch.randn(2, 4, 3, 32, 32)
+    model.layers = nn.ModuleList(TwoInputs(24, 2, 24, 0.0, batch_first=True) for _ in range(2))
+    expected = model(video.flatten(0, 1)).unflatten(0, (2, 4)).mean(1)
+    patch_vit(model, placement="replace", attention="spatial", temporal_embedding=False, family=WRONG)
+    torch.testing.assert_close(model(video), expected)
+    model = Wrong(through, batch_first=True)
+    model.layers[0].self_attn = Tripled(24, 2, batch_first=True)
+    refuses(model, TypeError, "Tripled changes what nn.MultiheadAttention does", placement="replace", family=WRONG)
+
+
+def test_a_wrapper_may_call_its_model_temporal_encoder() -> None:
+    wrapper = nn.ModuleDict({"temporal_encoder": patch_vit(timm_model())})
+    assert len(temporal_parameters(wrapper)) == 13

@@ -650,7 +650,7 @@ def test_adapters_train_and_the_temporal_layers_are_trained_beside_them(placemen
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [("ViTModel", "append"), ("ViTModel", "interleave"), ("CLIPVisionModel", "replace")],
+    [("ViTModel", "append"), ("CLIPVisionModel", "replace")],
 )
 def test_a_compiled_model_has_no_graph_break_and_the_outputs_of_the_eager_one(name: str, placement: str) -> None:
     torch._dynamo.reset()
@@ -689,7 +689,7 @@ def test_a_model_exports_for_clips_of_any_size(placement: str) -> None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-@EVERY_PLACED
+@SOME_PLACED
 def test_a_saved_model_is_restored_exactly(name: str, placement: str, tmp_path: Path) -> None:
     image, inputs = image_model(name), clips(name)
     image.save_pretrained(tmp_path / "image")

@@ -234,7 +234,7 @@ def small(name: str) -> Case:
     sizes = {"depth": 3, "embed_dim": 48, "num_heads": 4}
     pixels = {"img_size": 64 if hasattr(stem, "backbone") else 2 * patch}  # a convolutional stem reduces more
     grouped = {"num_kv_heads": (2, 2, 4)}  # of models with grouped-query attention in some blocks
-    tries: list[dict[str, Any]] = [sizes | pixels, sizes | pixels | grouped, sizes, pixels | {"depth": 2}, {"depth": 2}]
+    tries: list[dict[str, Any]] = [sizes | pixels, sizes | pixels | grouped, sizes, pixels | {"depth": 3}, {"depth": 3}]
     for options in tries:
         try:
             with torch.device("meta"):
