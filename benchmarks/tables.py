@@ -1,7 +1,7 @@
-"""Writes what `results/` holds into the tables of README.md, so that the page quotes nothing else.
+"""Writes what `results/` holds into the tables of the README pages, so that the pages quote nothing else.
 
     python benchmarks/tables.py           writes the tables
-    python benchmarks/tables.py --check   fails if the page says anything else
+    python benchmarks/tables.py --check   fails if a page says anything else
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
@@ -18,9 +18,10 @@ from typing import Any
 
 from common import RESULTS
 
-__all__ = ["TABLES", "main", "render"]
+__all__ = ["PAGES", "TABLES", "main", "render"]
 
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples"))
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -33,6 +34,11 @@ def render(page: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[4]}", page)
 
 
+def _link(name: str, folder: str = "") -> str:
+    """A link to a stored result from a page that has the benchmarks in `folder`."""
+    return f"[`{name}.json`]({folder}results/{name}.json)"
+
+
 def _stored(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -42,14 +48,11 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _source(name: str, stored: dict[str, Any]) -> str:
+def _source(name: str, stored: dict[str, Any], folder: str = "") -> str:
     machine, versions = stored["machine"], stored["versions"]
     vectors = f" with {machine['instructions']}" if "instructions" in machine else ""
     where = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}{vectors}, no GPU"
-    return (
-        f"\n[`{name}.json`](benchmarks/results/{name}.json): `{stored['command']}`, {where}, torch {versions['torch']}, "
-        f"{stored['date']}.\n"
-    )
+    return f"\n{_link(name, folder)}: `{stored['command']}`, {where}, torch {versions['torch']}, {stored['date']}.\n"
 
 
 def _attention(name: str, tokens: Sequence[int]) -> str:
@@ -143,13 +146,74 @@ def _kernels() -> str:
     ]
     visited = _markdown(["tiles visited over a dense grid's, T=8", *(f"N={n}" for n in tokens)], blocks)
     told = (
-        f"\n[`kernel_report.json`](benchmarks/results/kernel_report.json): `{stored['command']}`, Triton "
+        f"\n{_link('kernel_report')}: `{stored['command']}`, Triton "
         f"{stored['versions']['triton']}, {stored['date']}; compiled, not run.\n"
     )
     return visited + "\n" + _markdown(header, lines) + told
 
 
+def _families() -> str:
+    """What the suite has seen to hold, a row for each family and a letter for each placement."""
+    stored = _stored("zoo")
+    columns = [column for column in stored["rows"][0] if column not in ("family", "placement")]
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in stored["rows"]):
+        rows = [row for row in stored["rows"] if row["family"] == family]
+        letters: dict[str, Callable[..., str]] = {"yes": lambda row: row["placement"][0], "refused": lambda row: "·"}
+        lines.append([family, *(" ".join(letters.get(row[c], lambda row: "no")(row) for row in rows) for c in columns)])
+    plain, refused = (sum(len(group) for group in groups) for groups in (
+        [row["models"] for row in stored["timm"]], stored["refused"].values()
+    ))  # fmt: skip
+    whole = sum(
+        all(v in ("yes", "refused") for f in kind["found"].values() for v in f.values()) for kind in stored["timm"]
+    )
+    told = (
+        f"\nOf timm's {plain + refused} models {plain} are plain ViTs, of {len(stored['timm'])} kinds that differ in more than "
+        f"size. {whole} kinds keep everything; in the others the gradients could not be compared to the plain implementation's, "
+        f"or not as exactly. The other {refused} models are refused by name, with the reason. "
+    )
+    return _markdown(["family", *columns], lines) + told + _source("zoo", stored, "benchmarks/").lstrip("\n")
+
+
+def _prompts() -> str:
+    """The blind reading of the interpretive prompts."""
+    stored = _stored("prompts")
+    lines = [
+        [r["kind"], str(r["sentences"]), f"{r['accuracy']:.3f}", f"{1 / stored['choices']:.3f}"] for r in stored["rows"]
+    ]
+    return _markdown(["kind", "sentences", "told apart", "by chance"], lines) + _source(
+        "prompts", stored, "../benchmarks/"
+    )
+
+
+def _summary() -> str:
+    """Five lines for the front page."""
+    attention, models = _stored("attn_speed"), _stored("model_speed")
+    rows = {(r["mask"], r["contender"], r["pass"], r["tokens"], r["frames"]): r for r in attention["rows"]}
+    kmct, kmt = (rows[mask, "kronmask sdpa", "forward", 197, 8] for mask in ("kmct", "kmt"))
+    both = {m: rows[m, "kronmask sdpa", "forward+backward", 197, 8] for m in ("kmct", "kmt")}
+    clips = {r["model"]: r["clips_per_second"] for r in models["rows"] if (r["pass"], r["frames"]) == ("forward", 8)}
+    average = clips["frame average"]
+    accuracy = {row["attention"]: row for row in _stored("accuracy")["summary"]}
+    best = max(accuracy.values(), key=lambda row: row["top1_mean"])
+    return "".join(f"- {line}\n" for line in (
+        f"Attention on two CPU cores, 197 tokens, 8 frames: KMCT takes {kmct['over_joint']:.2f} of joint attention's time (ideal "
+        f"{kmct['ideal']:.2f}), KMT {kmt['over_joint']:.2f} (ideal {kmt['ideal']:.2f}); with the backward "
+        f"{both['kmct']['over_joint']:.2f} and {both['kmt']['over_joint']:.2f}.",
+        f"Against SDPA with the same mask: {kmct['over_sdpa_mask']:.2f} and {kmt['over_sdpa_mask']:.2f}; against compiled "
+        f"FlexAttention: {kmct['over_flex_128']:.2f} and {kmt['over_flex_128']:.2f}.",
+        f"ViT-B/16, 8 frames, clips a second relative to a frame average: KMCT (append) {clips['KMCT (append)'] / average:.2f}, "
+        f"KMT (replace) {clips['KMT (replace)'] / average:.2f}, TimeSformer {clips['TimeSformer (HF)'] / average:.2f}.",
+        f"Toy motions, {best['steps']} steps: {best['attention']} leads with {best['top1_mean']:.3f} ± {best['top1_std']:.3f} "
+        f"top-1, KMCT has {accuracy['kmct']['top1_mean']:.3f} ± {accuracy['kmct']['top1_std']:.3f}.",
+        "No GPU has run any of it: the Triton kernels are compiled for GPUs and run in Triton's interpreter.",
+    ))  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": _summary,
+    "families": _families,
+    "prompts": _prompts,
     "attention": partial(_attention, "attn_speed", (197, 50, 257)),
     "attention_avx2": partial(_attention, "attn_speed_avx2", (197,)),
     "models": _models,
@@ -160,13 +224,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is not up to date")
     options = parser.parse_args(arguments)
-    page = README.read_text()
-    made = render(page)
+    made = {page: render(page.read_text()) for page in PAGES}
     if options.check:
-        return int(made != page)
-    README.write_text(made)
+        return int(any(page.read_text() != text for page, text in made.items()))
+    for page, text in made.items():
+        page.write_text(text)
     return 0
 
 

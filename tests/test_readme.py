@@ -1,4 +1,4 @@
-"""What the README shows runs as written, and the numbers it quotes stand in stored results."""
+"""What the README pages show runs as written, and the numbers they quote stand in stored results."""
 
 import json
 import re
@@ -13,39 +13,63 @@ import pytest
 import tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in (".", "benchmarks", "examples")}
+README = PAGES["."]
+SNIPPETS = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), re.S)
+NOTEBOOK = ROOT / "examples" / "own_vit.ipynb"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
 def test_snippets_run(snippet):
     """As written, but with random weights: there may be no network."""
-    exec(snippet.replace('pretrained="openai"', "pretrained=None").replace("pretrained=True", "pretrained=False"), {})
+    for weights, none in (
+        ('pretrained="openai"', "pretrained=None"),
+        ("pretrained=True", "pretrained=False"),
+        ('.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)', "(ViTConfig(num_labels=10))"),
+    ):
+        snippet = snippet.replace(weights, none)
+    exec(f"from transformers import ViTConfig\n{snippet}", {})
 
 
-@pytest.mark.parametrize("command", re.findall(r"examples/claver_k400.py ((?:.*\\\n)*.*)", README))
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_notebook_runs():
+    """Its cells in order, in one namespace; it is stored without outputs."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    namespace: dict = {}
+    for cell in cells:
+        assert not cell["outputs"]
+        exec("".join(cell["source"]), namespace)
+
+
+@pytest.mark.parametrize("command", re.findall(r"examples/claver_k400.py ((?:.*\\\n)*.*)", PAGES["examples"]))
 def test_commands_parse(command):
     claver_k400._parser().parse_args(shlex.split(command.replace("\\\n", " "), comments=True))
 
 
 def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for folder, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", page):
+            assert target.startswith("https://") or (ROOT / folder / target).exists(), target
 
 
 def test_named_files_exist():
-    for name in re.findall(r"`((?:examples|benchmarks|kronmask|tests)/[\w./]+)`", README):
+    for name in re.findall(r"`((?:examples|benchmarks|kronmask|tests)/[\w./]+)`", "".join(PAGES.values())):
         assert (ROOT / name).exists(), name
 
 
 def test_the_tables_say_what_the_results_say():
-    assert tables.render(README) == README
-    assert set(tables.TABLES) == {name for _, name, *_ in tables.BLOCK.findall(README)}
+    pages = [page.read_text() for page in tables.PAGES]
+    assert [tables.render(page) for page in pages] == pages
+    assert set(tables.TABLES) == {name for page in pages for _, name, *_ in tables.BLOCK.findall(page)}
 
 
 def test_no_other_share_is_quoted():
     """Outside of the tables stand the demo's line, which has a test of its own, and what half of the pairs is."""
-    text = re.sub(r"```.*?```", "", tables.BLOCK.sub("", README), flags=re.S)
+    text = re.sub(r"```.*?```", "", tables.BLOCK.sub("", "".join(PAGES.values())), flags=re.S)
     text = "\n".join(line for line in text.splitlines() if "as a frame average" not in line)
     assert set(re.findall(r"\b0\.\d+", text)) == {"0.5"}
 
@@ -59,7 +83,7 @@ def test_every_result_says_where_it_comes_from(path):
 
 @pytest.mark.parametrize("module", [accuracy, attn_speed, model_speed])
 def test_the_benchmarks_take_quick(module, capsys):
-    assert f"benchmarks/{module.__name__}.py" in README
+    assert f"benchmarks/{module.__name__}.py" in PAGES["benchmarks"]
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert "--quick" in capsys.readouterr().out
