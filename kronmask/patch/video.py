@@ -32,7 +32,7 @@ __all__ = ["VideoEncoder", "patch_encoder", "unpatch_encoder"]
 
 
 class _Running(threading.local):
-    """The encoder that is running in this thread, its B*T images and the frames T of its clips, whether its last block has run,
+    """The encoder that is running in this thread, its B*T images and the frames T of its clips, the block that has run last,
     and where it leaves its last tokens."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _Running(threading.local):
         self.encoder: nn.Module | None = None
         self.images = 0
         self.frames = 0
-        self.last = False
+        self.block: int | None = None
         self.tokens: list[Tensor] | None = None
 
 
@@ -168,12 +168,11 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             output = checkpoint(run, x, *args, use_reentrant=False, **kwargs)
         else:
             output = run(x, *args, **kwargs)
-        if index == temporal.depth - 1 and _running.encoder is encoder:
-            if not torch.compiler.is_compiling():  # which allows no trace of a checkpointed block to be left
-                _running.last = True
-            if _running.tokens is not None:
-                tokens = output[0] if isinstance(output, tuple) else output
-                _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
+        if _running.encoder is encoder and not torch.compiler.is_compiling():  # a compiled block leaves no trace
+            _running.block = index
+        if index == temporal.depth - 1 and _running.encoder is encoder and _running.tokens is not None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
         return output
 
     return forward
@@ -373,18 +372,18 @@ class VideoEncoder(Patched):
             args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
         video = _clips(images, entry, self.temporal_encoder.channels)
         batch, frames = video.shape[0], video.shape[1]
-        outer = _running.encoder, _running.images, _running.frames, _running.last
-        _running.encoder, _running.images, _running.frames, _running.last = self, batch * frames, frames, False
+        outer = _running.encoder, _running.images, _running.frames, _running.block
+        _running.encoder, _running.images, _running.frames, _running.block = self, batch * frames, frames, None
         try:
             result = method(self, video.flatten(0, 1), *args, **self._prepare(video, dict(kwargs)))
-            appended = self.temporal_encoder.blocks and not torch.compiler.is_compiling()
-            if appended and not (_running.last or entry.features):
+            skipped = _running.block not in (None, self.temporal_encoder.depth - 1)
+            if self.temporal_encoder.blocks and skipped:
                 raise ValueError(
                     f"{entry.method} has not run the last block, which the temporal blocks of placement='append' follow; let it "
                     "run (no stop_early, no output of an earlier block), or use placement='interleave' or 'replace'"
                 )
         finally:
-            _running.encoder, _running.images, _running.frames, _running.last = outer
+            _running.encoder, _running.images, _running.frames, _running.block = outer
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _note_clips(self.temporal_encoder.clips, batch * frames, frames, (result, _running.tokens))
         return _by_clip(result, (batch, frames), mean=output == "mean")
