@@ -159,11 +159,11 @@ def _families() -> str:
     lines = []
     for family in dict.fromkeys(row["family"] for row in stored["rows"]):
         rows = [row for row in stored["rows"] if row["family"] == family]
-        letters: dict[str, Callable[..., str]] = {"yes": lambda row: row["placement"][0], "refused": lambda row: "·"}
-        lines.append([family, *(" ".join(letters.get(row[c], lambda row: "no")(row) for row in rows) for c in columns)])
-    plain, refused = (sum(len(group) for group in groups) for groups in (
-        [row["models"] for row in stored["timm"]], stored["refused"].values()
-    ))  # fmt: skip
+        letters = [{"yes": row["placement"][0], "refused": "·"} for row in rows]
+        cells = ([of.get(row[c], "no") for of, row in zip(letters, rows, strict=True)] for c in columns)
+        lines.append([family, *map(" ".join, cells)])
+    plain = sum(len(kind["models"]) for kind in stored["timm"])
+    refused = sum(map(len, stored["refused"].values()))
     whole = sum(
         all(v in ("yes", "refused") for f in kind["found"].values() for v in f.values()) for kind in stored["timm"]
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Entry", "Family"]
+__all__ = ["NO_PRUNING", "Entry", "Family", "available"]
+
+NO_PRUNING = (
+    ("prune_intermediate_layers", "it would cut off the blocks that run the temporal layers; unpatch_vit(model) first"),
+)
+"""A value of `Family.refused`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Entry:
             raise ValueError(f"output must be 'mean' or 'frames', not {self.output!r}")
         if self.ndim not in (3, 4):
             raise ValueError(f"ndim must be 3 (tokens) or 4 (images), not {self.ndim!r}")
+
+
+def available(encoder: type[nn.Module], entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Those of some entries that the installed release of a library has."""
+    return tuple(entry for entry in entries if hasattr(encoder, entry.method))
 
 
 @dataclass(frozen=True)

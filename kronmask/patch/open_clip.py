@@ -8,22 +8,13 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from kronmask.patch.family import Entry, Family
+from kronmask.patch import timm
+from kronmask.patch.family import NO_PRUNING, Entry, Family, available
 
 __all__ = ["FAMILIES", "find"]
 
 
-def _entries(encoder: type[nn.Module]) -> tuple[Entry, ...]:
-    entries = (Entry("forward"), Entry("forward_intermediates", "frames"))
-    return tuple(entry for entry in entries if hasattr(encoder, entry.method))  # by release
-
-
-_REFUSED = (
-    (
-        "prune_intermediate_layers",
-        "it would cut off the blocks that run the temporal layers; unpatch_vit(model) first",
-    ),
-)
+_ENTRIES = (Entry("forward"), Entry("forward_intermediates", "frames"))
 
 
 def _is_sequence_first(encoder: Any) -> bool:
@@ -37,14 +28,10 @@ def _cannot_replace(encoder: Any, block: Any) -> str | None:
 
 
 def _trunk_cannot_replace(encoder: Any, block: Any) -> str | None:
-    from kronmask.patch import timm
-
     return timm.cannot_replace(encoder.trunk, block)
 
 
 def _trunk_cannot_copy(encoder: Any, block: Any) -> str | None:
-    from kronmask.patch import timm
-
     return timm.cannot_copy(encoder.trunk, block)
 
 
@@ -52,17 +39,17 @@ FAMILIES = (
     Family(
         VisionTransformer,
         "transformer.resblocks",
-        entries=_entries(VisionTransformer),
+        entries=available(VisionTransformer, _ENTRIES),
         sequence_first=_is_sequence_first,
-        refused=_REFUSED,
+        refused=NO_PRUNING,
         cannot_replace=_cannot_replace,
         cannot_copy=_cannot_replace,
     ),
     Family(
         TimmModel,
         "trunk.blocks",
-        entries=_entries(TimmModel),
-        refused=_REFUSED,
+        entries=available(TimmModel, _ENTRIES),
+        refused=NO_PRUNING,
         cannot_replace=_trunk_cannot_replace,
         cannot_copy=_trunk_cannot_copy,
     ),
@@ -77,8 +64,6 @@ def find(model: nn.Module) -> tuple[nn.Module, Family]:
     """
     tower = model if isinstance(model, (VisionTransformer, TimmModel)) else getattr(model, "visual", None)
     if isinstance(tower, TimmModel):
-        from kronmask.patch import timm
-
         timm.find(tower.trunk)  # raises TypeError
     for family in FAMILIES:
         if isinstance(tower, family.encoder):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kronmask.nn import KronAttention, MaskRule, TemporalBlock, TemporalEmbedding, TemporalResidual
 from kronmask.patch.settings import Settings
 
-__all__ = ["BlockSizes", "TemporalEncoder", "attention_part", "build_temporal_encoder"]
+__all__ = ["TemporalEncoder", "build_temporal_encoder", "heads_module"]
 
 
 class TemporalEncoder(nn.Module):
@@ -121,8 +121,8 @@ class BlockSizes:
             )
         dim, heads = linear.in_features, _num_heads(attn)
         head_dim = next((getattr(attn, name) for name in ("head_dim", "attention_head_size") if hasattr(attn, name)), 0)
-        rows = next((w.shape[0] // 3 for w in (_in_proj(attn)[0],) if w is not None), dim)
-        if heads * head_dim != rows:  # absent, or of half a head
+        weight, _ = _in_proj(attn)
+        if heads * head_dim != (dim if weight is None else weight.shape[0] // 3):  # absent, or of half a head
             head_dim = dim // heads
         mlp = _two_layers(block)
         norms = _norms(block)
@@ -140,7 +140,7 @@ class BlockSizes:
 
 def heads_module(block: nn.Module) -> Any:
     """The module of a block that splits tokens into heads; it may be the block itself."""
-    *inner, itself = [*list(block.modules())[1:], block]
+    itself, *inner = block.modules()
     return next((module for module in (*inner, itself) if _num_heads(module)), None)
 
 
@@ -160,7 +160,8 @@ def _linears(module: nn.Module) -> Iterator[nn.Linear]:
 
 def _outside(block: nn.Module, kind: Callable[[nn.Module], bool]) -> list[Any]:
     """Modules of a kind in a block but not in its attention, in order."""
-    inside = set(attention_part(block).modules()) if attention_part(block) is not block else set()
+    part = attention_part(block)
+    inside = set() if part is block else set(part.modules())
     return [module for module in block.modules() if module not in inside and kind(module)]
 
 
@@ -181,7 +182,7 @@ def _two_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
 def _activation(block: nn.Module) -> nn.Module | None:
     def is_activation(module: nn.Module) -> bool:
         name = type(module).__name__.lower()
-        leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+        leaf = not list(module.children()) and not list(module.parameters())
         return leaf and not any(word in name for word in ("drop", "identity", "norm", "rope", "rotary", "scale"))
 
     return next(iter(_outside(block, is_activation)), None)
@@ -218,7 +219,7 @@ def _in_proj(attn: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _scales(block: nn.Module) -> list[Tensor]:
     """LayerScale: parameters of one value for each channel that belong to no norm and no linear layer, in order."""
-    dim = next(iter(_linears(block))).in_features
+    dim = next(_linears(block)).in_features
     modules = _outside(block, lambda m: not isinstance(m, nn.Linear) and "norm" not in type(m).__name__.lower())
     own = [p for module in modules for p in module.parameters(recurse=False)]
     return [parameter for parameter in own if parameter.shape == (dim,)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kronmask.patch.family import Entry, Family
+from kronmask.patch.family import NO_PRUNING, Entry, Family, available
 from kronmask.patch.temporal import heads_module
 
 __all__ = ["FAMILIES", "cannot_copy", "cannot_replace", "find"]
@@ -20,7 +20,6 @@ _ENTRIES = (
     Entry("forward_intermediates", "frames"),
     Entry("get_intermediate_layers", "frames"),
 )
-_PRUNED = "it would cut off the blocks that run the temporal layers; unpatch_vit(model) first"
 
 
 def cannot_replace(encoder: Any, block: Any) -> str | None:
@@ -64,12 +63,11 @@ def _declare() -> Iterator[Family]:
         except (ImportError, AttributeError):
             continue
         head = Entry("forward_head", ndim=4, features=True) if name.endswith("SAM") else _ENTRIES[2]
-        entries = [e for e in (*_ENTRIES[:2], head, *_ENTRIES[3:]) if hasattr(encoder, e.method)]  # by release
         yield Family(
             encoder,
             "blocks",
-            entries=tuple(entries),
-            refused=(("prune_intermediate_layers", _PRUNED),),
+            entries=available(encoder, (*_ENTRIES[:2], head, *_ENTRIES[3:])),
+            refused=NO_PRUNING,
             cannot_replace=cannot_replace,
             cannot_copy=cannot_copy,
         )

@@ -79,14 +79,8 @@ class HuggingFaceEncoder(VideoEncoder):
         elif not isinstance(attention, str):
             attention = None  # a function has no place in a configuration; from_pretrained asks for it
         layers = settings.layers
-        stored = {
-            "frames": settings.frames,
-            "attention": attention,
-            "placement": settings.placement,
-            "layers": layers if layers is None or isinstance(layers, int) else list(layers),
-            "init": settings.init,
-            "temporal_embedding": settings.temporal_embedding,
-        }
+        layers = layers if layers is None or isinstance(layers, int) else list(layers)
+        stored = vars(settings) | {"attention": attention, "layers": layers}
         # a CLIP is read whole, and its vision model alone; in some releases that model has a copy of its configuration
         self.temporal_configs = [self.config, model.config, getattr(model.config, "vision_config", model.config)]
         for config in self.temporal_configs:

@@ -168,11 +168,12 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             output = checkpoint(run, x, *args, use_reentrant=False, **kwargs)
         else:
             output = run(x, *args, **kwargs)
-        if _running.encoder is encoder and not torch.compiler.is_compiling():  # a compiled block leaves no trace
-            _running.block = index
-        if index == temporal.depth - 1 and _running.encoder is encoder and _running.tokens is not None:
-            tokens = output[0] if isinstance(output, tuple) else output
-            _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
+        if _running.encoder is encoder:
+            if not torch.compiler.is_compiling():  # a compiled block leaves no trace
+                _running.block = index
+            if index == temporal.depth - 1 and _running.tokens is not None:
+                tokens = output[0] if isinstance(output, tuple) else output
+                _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
         return output
 
     return forward
@@ -530,8 +531,9 @@ def patch_encoder(encoder: nn.Module, family: Family, settings: Settings) -> Non
         raise TypeError(
             f"{type(encoder).__qualname__} has no method {missing[0]!r}, which its family names as an entry"
         )
-    for module in (encoder, *blocks):
-        _refuse_own_forward(module, family.entries if module is encoder else (Entry("forward"),))
+    _refuse_own(encoder, [entry.method for entry in family.entries])
+    for block in blocks:
+        _refuse_own(block, ["forward"])
     if settings.init == "copy" and settings.placement != "replace" and family.cannot_copy:
         reason = next(filter(None, (family.cannot_copy(encoder, block) for block in blocks)), None)
         if reason:
@@ -576,14 +578,25 @@ def unpatch_encoder(encoder: Any) -> None:
     swap_class(encoder, encoder.image_class)
 
 
-def _refuse_own_forward(module: nn.Module, entries: tuple[Entry, ...]) -> None:
+def _refuse_own(module: nn.Module, methods: list[str]) -> None:
     """Raises TypeError if the instance has replaced a method that patching must wrap."""
-    for entry in entries:
-        if entry.method in vars(module):
+    for method in methods:
+        if method in vars(module):
             raise TypeError(
-                f"this {type(module).__qualname__} has its own {entry.method} set on the instance, which patch_vit would lose; "
-                "make it a method of a subclass"
+                f"this {type(module).__qualname__} has its own {method} set on the instance, which patch_vit would lose; make "
+                "it a method of a subclass"
             )
+
+
+def _attention_dropout(module: nn.Module) -> float:
+    """The probability with which a module drops attention weights, if it is one that has such."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout
+    for name in ("attn_drop", "attention_dropout", "dropout_prob"):
+        drop = getattr(module, name, None)
+        if drop:
+            return drop.p if isinstance(drop, nn.Dropout) else drop if isinstance(drop, float) else 0.0
+    return 0.0
 
 
 def _check_replaced(encoder: nn.Module, block: nn.Module, family: Family) -> None:
@@ -591,16 +604,12 @@ def _check_replaced(encoder: nn.Module, block: nn.Module, family: Family) -> Non
     kind = f"{type(block).__module__}.{type(block).__qualname__}"
     reason = family.cannot_replace(encoder, block) if family.cannot_replace else None
     for module in block.modules():
-        drop = next(
-            (d for n in ("attn_drop", "attention_dropout", "dropout_prob") if (d := getattr(module, n, None))), 0.0
-        )
         if isinstance(module, nn.MultiheadAttention):
-            drop = module.dropout
             if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
                 reason = "its nn.MultiheadAttention has other options than query, key and value of one width"
             if type(module).forward is not nn.MultiheadAttention.forward:
                 reason = f"{type(module).__qualname__} changes what nn.MultiheadAttention does"
-        refuse_dropout(drop.p if isinstance(drop, nn.Dropout) else drop if isinstance(drop, float) else 0.0)
+        refuse_dropout(_attention_dropout(module))
         if getattr(module, "fused_attn", True) is False:
             reason = "its attention is not fused (fused_attn is False)"
     if reason:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def _gradients_on_two(rank: int, column: str, name: str, placement: str) -> None
     else:
         from torch.distributed.fsdp import fully_shard
 
-        for block in (*blocks_of(name, parallel), *parallel.temporal_encoder.blocks):
+        for block in (*attrgetter(CASES[name].blocks)(parallel), *parallel.temporal_encoder.blocks):
             fully_shard(block)
         runner = fully_shard(parallel)
     outputs = contract.outputs(runner(video[rank : rank + 1]))
@@ -211,14 +212,6 @@ def _gradients_on_two(rank: int, column: str, name: str, placement: str) -> None
             continue
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         torch.testing.assert_close(grad, expected[key].grad, rtol=1e-3, atol=1e-5, msg=key)
-
-
-def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
-    """The blocks of an encoder on its own."""
-    found: Any = model
-    for part in CASES[name].blocks.split("."):
-        found = getattr(found, part)
-    return list(found)
 
 
 # ---- timm -----------------------------------------------------------------------------------------------------------
@@ -292,7 +285,8 @@ def register(name: str) -> str:
 def kind(case: str) -> str:
     """What two models of equal kind share: the modules of their small variants, sizes included."""
     with torch.device("meta"):
-        return f"{type(CASES[case].build()).__name__} {CASES[case].build()!r} {CASES[case].size}"
+        model = CASES[case].build()
+    return f"{type(model).__name__} {model!r} {CASES[case].size}"
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
@@ -336,10 +330,14 @@ def main() -> int:
         families_found, timm_found = pool.submit(check_families), pool.submit(check_timm)
         families, (plain, refused) = families_found.result(), timm_found.result()
     save("zoo", families, RESULTS, timm=plain, refused=refused)
-    failures = [f"{row['family']}, {row['placement']}, {c}: {v}" for row in families for c, v in row.items()
-                if c not in ("family", "placement") and v not in ("yes", "refused")]  # fmt: skip
-    failures += [f"{row['checked']}, {placement}, {c}: {v}" for row in plain for placement, found in row["found"].items()
-                 for c, v in found.items() if v not in ("yes", "refused")]  # fmt: skip
+    found = [(row["family"], row["placement"], row) for row in families]
+    found += [(row["checked"], placement, results) for row in plain for placement, results in row["found"].items()]
+    failures = [
+        f"{name}, {placement}, {column}: {result}"
+        for name, placement, results in found
+        for column, result in results.items()
+        if column not in ("family", "placement") and result not in ("yes", "refused")
+    ]
     count = sum(len(row["models"]) for row in plain)
     print(f"{count} plain ViTs of timm of {len(plain)} kinds, {sum(map(len, refused.values()))} other models refused:")
     for reason, names in refused.items():
