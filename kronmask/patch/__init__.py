@@ -64,7 +64,8 @@ def patch_vit(
 
     Args:
         model: a ViT of timm, open_clip, OpenAI's clip, Hugging Face transformers or torchvision, or a CLIP or classifier of
-            these libraries around one; any other with `family`. Pass the model itself, not a wrapper around it.
+            these libraries around one; any other with `family`. Pass the model itself, not a wrapper around it. (SigLIP 2 pads
+            the patches of a frame: its blocks ignore the padding, temporal attention does not.)
         frames: number of frames the temporal embedding is learned for; it is interpolated for other clips.
         attention: the mask: a name out of `kronmask.masks.NAMES`, a `KronMask` (then all clips have its size), or a
             callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers.

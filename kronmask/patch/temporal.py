@@ -17,11 +17,24 @@ from kronmask.patch.settings import Settings
 __all__ = ["TemporalEncoder", "build_temporal_encoder", "heads_module"]
 
 
+@dataclass(frozen=True)
+class Place:
+    """What the temporal encoder does around one image block; said once, so that equal blocks compile to one graph."""
+
+    index: int
+    last: bool
+    embedded: bool  # the temporal embedding is added in front of it
+    residual: str | None  # key of the residual in front of it
+    replaced: bool
+    appended: bool  # the embedding and the temporal blocks come behind it
+
+
 class TemporalEncoder(nn.Module):
     """The temporal layers of a patched model; the one child that patching adds to it.
 
     Its parameters are all that is new: `temporal_encoder.embedding.weight`, `temporal_encoder.blocks.{i}.*` (append) and
-    `temporal_encoder.residuals.{index of the image block}.*` (interleave). The image blocks call `before` and `after`.
+    `temporal_encoder.residuals.{index of the image block}.*` (interleave). The image blocks call `before` and `after`, each with
+    its `place`.
 
     Args:
         depth: number of image blocks.
@@ -55,26 +68,36 @@ class TemporalEncoder(nn.Module):
         self.channels: int | None = None  # of the images, where the model says
         self.clips: dict[int, int] = {}  # frames in a batch -> frames in a clip, of the latest forward of that size
 
-    def before(self, index: int, x: Tensor, frames: int) -> Tensor:
-        """What happens to tokens `(B*T, N, D)` in front of the image block `index`."""
-        if index == self.first and self.embedding is not None:
-            x = self._embed(self.embedding, x, frames)
-        if str(index) in self.residuals:
-            x = _over_clip(self.residuals[str(index)], x, frames)
+    def place(self, index: int) -> Place:
+        """What is done around the image block `index`."""
+        residual = str(index) if str(index) in self.residuals else None
+        last, embedded = index == self.depth - 1, index == self.first and self.embedding is not None
+        return Place(index, last, embedded, residual, index in self.replaced, last and self.first is None)
+
+    def layers_at(self, place: Place) -> list[nn.Module]:
+        """The temporal layers that run around an image block, in order."""
+        embedding = [self.embedding] if self.embedding is not None and (place.embedded or place.appended) else []
+        residual = [self.residuals[place.residual]] if place.residual is not None else []
+        return [*embedding, *residual, *(self.blocks if place.appended else ())]
+
+    def before(self, place: Place, x: Tensor, frames: int) -> Tensor:
+        """What happens to tokens `(B*T, N, D)` in front of an image block."""
+        if place.embedded:
+            x = self._embed(x, frames)
+        if place.residual is not None:
+            x = _over_clip(self.residuals[place.residual], x, frames)
         return x
 
-    def after(self, index: int, x: Tensor, frames: int) -> Tensor:
-        """What happens to tokens `(B*T, N, D)` behind the image block `index`."""
-        if self.first is None and index == self.depth - 1:
-            if self.embedding is not None:
-                x = self._embed(self.embedding, x, frames)
+    def after(self, place: Place, x: Tensor, frames: int) -> Tensor:
+        """What happens to tokens `(B*T, N, D)` behind an image block."""
+        if place.appended:
+            x = self._embed(x, frames)
             for block in self.blocks:
                 x = _over_clip(block, x, frames)
         return x
 
-    @staticmethod
-    def _embed(embedding: nn.Module, x: Tensor, frames: int) -> Tensor:
-        return embedding(x.unflatten(0, (-1, frames))).flatten(0, 1)
+    def _embed(self, x: Tensor, frames: int) -> Tensor:
+        return x if self.embedding is None else self.embedding(x.unflatten(0, (-1, frames))).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x`: an encoder that runs all its children (`nn.Sequential`) passes through here; the blocks do the work."""

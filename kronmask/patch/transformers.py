@@ -53,12 +53,6 @@ class HuggingFaceEncoder(VideoEncoder):
 
     temporal_configs: list[Any]  # the configurations that hold the settings
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "image_class" in vars(cls):  # transformers finds what it knows of a class by module and name
-            image = cls.image_class
-            cls.__module__, cls.__name__, cls.__qualname__ = image.__module__, image.__name__, image.__qualname__
-
     def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         config: Any = self.config
         if self.temporal_encoder.replaced:

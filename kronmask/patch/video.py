@@ -23,7 +23,7 @@ from kronmask.attention import rule_attention
 from kronmask.nn import MaskRule
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
-from kronmask.patch.temporal import TemporalEncoder, build_temporal_encoder
+from kronmask.patch.temporal import Place, TemporalEncoder, build_temporal_encoder
 
 __all__ = ["VideoEncoder", "patch_encoder", "unpatch_encoder"]
 
@@ -42,6 +42,7 @@ class _Running(threading.local):
         self.frames = 0
         self.block: int | None = None
         self.tokens: list[Tensor] | None = None
+        self.grad = False  # whether gradients were on where the encoder was called
 
 
 _running = _Running()
@@ -73,15 +74,15 @@ def _clip_frames(encoder: Any, images: int) -> int:
 
 
 class Link:
-    """A block's place in its encoder; not a module, so that the encoder is no child of its own blocks."""
+    """The encoder of a module, and a block's place in it; not a module, so that the encoder is no child of its own blocks."""
 
-    def __init__(self, encoder: nn.Module, index: int = 0) -> None:
+    def __init__(self, encoder: nn.Module, place: Any = None) -> None:
         self.encoder = encoder
-        self.index = index
+        self.place = place  # of a block
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         """A block that is copied without its encoder stays a block of that encoder."""
-        return Link(memo.get(id(self.encoder), self.encoder), self.index)
+        return Link(memo.get(id(self.encoder), self.encoder), self.place)
 
 
 # ---- classes made from image classes --------------------------------------------------------------------------------
@@ -107,14 +108,16 @@ def patched_class(mixin: type[Patched], image_class: type[nn.Module], family: Fa
     """The class that an instance of `image_class` gets; one for each, so that equal models have equal types."""
     if (mixin, image_class, family) not in _made:
         members: dict[str, Any] = {"image_class": image_class, "patched_by": mixin, "family": family}
-        members |= {"__module__": mixin.__module__, "__doc__": f"`{image_class.__name__}` patched by `patch_vit`."}
+        # the image class's name: training frameworks find what they know of a layer by it
+        members |= {"__module__": image_class.__module__, "__qualname__": image_class.__qualname__}
+        members["__doc__"] = f"`{image_class.__name__}` patched by `patch_vit`."
         if issubclass(mixin, VideoBlock):
             members["forward"] = _block_forward(image_class)
         if family is not None:
             members |= {entry.method: _entry_method(entry, image_class, family) for entry in family.entries}
             members |= {name: _refusing(name, reason) for name, reason in family.refused if hasattr(image_class, name)}
         make: Any = type
-        made = make(f"Kron{image_class.__name__}", (mixin, image_class), members)
+        made = make(image_class.__name__, (mixin, image_class), members)
         _made[mixin, image_class, family] = made
     return _made[mixin, image_class, family]
 
@@ -145,14 +148,18 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
     @wraps(image_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x, args = (args[0], args[1:]) if args else (kwargs.pop(name), args)
-        encoder, index = self.temporal_link.encoder, self.temporal_link.index
+        encoder = self.temporal_link.encoder
+        place: Place = self.temporal_link.place
         temporal: TemporalEncoder = encoder.temporal_encoder
         batch_dim = 1 if type(encoder).family.is_sequence_first(encoder) else 0
         frames = _clip_frames(encoder, x.shape[batch_dim])
 
+        if _running.encoder is encoder and _running.grad and not torch.is_grad_enabled() and not x.requires_grad:
+            _refuse_reentrant(temporal, place)
+
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            x = _on_tokens(temporal.before, index, x, frames, batch_dim)
-            if index in temporal.replaced:
+            x = _on_tokens(temporal.before, place, x, frames, batch_dim)
+            if place.replaced:
                 assert temporal.mask is not None
                 attention = ClipAttention(x.shape[batch_dim], frames, temporal.mask)
                 with attention:
@@ -161,7 +168,7 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             else:
                 output = image_class.forward(self, x, *args, **kwargs)
             rest = output[1:] if isinstance(output, tuple) else None
-            tokens = _on_tokens(temporal.after, index, output if rest is None else output[0], frames, batch_dim)
+            tokens = _on_tokens(temporal.after, place, output if rest is None else output[0], frames, batch_dim)
             return tokens if rest is None else (tokens, *rest)
 
         if temporal.checkpointing and torch.is_grad_enabled():
@@ -170,8 +177,8 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             output = run(x, *args, **kwargs)
         if _running.encoder is encoder:
             if not torch.compiler.is_compiling():  # a compiled block leaves no trace
-                _running.block = index
-            if index == temporal.depth - 1 and _running.tokens is not None:
+                _running.block = place.index
+            if place.last and _running.tokens is not None:
                 tokens = output[0] if isinstance(output, tuple) else output
                 _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
         return output
@@ -179,13 +186,24 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _on_tokens(layers: Callable[..., Tensor], index: int, x: Tensor, frames: int, batch_dim: int) -> Tensor:
+def _refuse_reentrant(temporal: TemporalEncoder, place: Place) -> None:
+    """Raises RuntimeError in a block without gradients (as in a reentrant checkpoint) whose temporal layers are to learn."""
+    layers = temporal.layers_at(place)
+    if any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+        raise RuntimeError(
+            "reentrant activation checkpointing of a frozen image model gives its temporal layers no gradient; use the other "
+            "kind: gradient_checkpointing_enable({'use_reentrant': False}) of Hugging Face, or set_grad_checkpointing() of the "
+            "patched encoder"
+        )
+
+
+def _on_tokens(layers: Callable[..., Tensor], place: Place, x: Tensor, frames: int, batch_dim: int) -> Tensor:
     """Run temporal layers on tokens in a block's own layout, in the layout `(B*T, N, D)`."""
     if batch_dim:
-        return layers(index, x.transpose(0, 1), frames).transpose(0, 1)
+        return layers(place, x.transpose(0, 1), frames).transpose(0, 1)
     if x.ndim == 3:
-        return layers(index, x, frames)
-    return layers(index, x.flatten(1, -2), frames).unflatten(1, x.shape[1:-1])
+        return layers(place, x, frames)
+    return layers(place, x.flatten(1, -2), frames).unflatten(1, x.shape[1:-1])
 
 
 class ClipAttention(TorchFunctionMode):
@@ -334,21 +352,24 @@ class VideoEncoder(Patched):
             `(B, T, N, D)`; N counts class token and registers, which come where the image model has them.
         """
         tokens: list[Tensor] = []
-        _running.tokens = tokens
+        outer, _running.tokens = _running.tokens, tokens
         try:
             self._encode(self.family.entries[0], "frames", video, args, kwargs)
         finally:
-            _running.tokens = None
+            _running.tokens = outer
         frames = 1 if video.ndim == self.family.entries[0].ndim else video.shape[1]
         return tokens[0].unflatten(0, (-1, frames))
 
     def set_grad_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Recompute blocks, the temporal layers among them, in the backward: the image model's own way if it has one."""
+        """Recompute blocks, the temporal layers among them, in the backward.
+
+        Not the image model's own way: that may be of the reentrant kind, which gives no gradient to the temporal layers
+        where the image model is frozen.
+        """
         own = getattr(super(), "set_grad_checkpointing", None)
         if own is not None:
-            own(enable, *args, **kwargs)
-        else:
-            self.temporal_encoder.checkpointing = bool(enable)
+            own(False, *args, **kwargs)
+        self.temporal_encoder.checkpointing = bool(enable)
 
     def no_weight_decay(self) -> set[str]:
         """What an optimizer factory is not to decay: the image model's own, and the temporal embedding."""
@@ -373,8 +394,9 @@ class VideoEncoder(Patched):
             args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
         video = _clips(images, entry, self.temporal_encoder.channels)
         batch, frames = video.shape[0], video.shape[1]
-        outer = _running.encoder, _running.images, _running.frames, _running.block
+        outer = _running.encoder, _running.images, _running.frames, _running.block, _running.grad
         _running.encoder, _running.images, _running.frames, _running.block = self, batch * frames, frames, None
+        _running.grad = torch.is_grad_enabled()
         try:
             result = method(self, video.flatten(0, 1), *args, **self._prepare(video, dict(kwargs)))
             skipped = _running.block not in (None, self.temporal_encoder.depth - 1)
@@ -384,7 +406,7 @@ class VideoEncoder(Patched):
                     "run (no stop_early, no output of an earlier block), or use placement='interleave' or 'replace'"
                 )
         finally:
-            _running.encoder, _running.images, _running.frames, _running.block = outer
+            _running.encoder, _running.images, _running.frames, _running.block, _running.grad = outer
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _note_clips(self.temporal_encoder.clips, batch * frames, frames, (result, _running.tokens))
         return _by_clip(result, (batch, frames), mean=output == "mean")
@@ -548,7 +570,7 @@ def patch_encoder(encoder: nn.Module, family: Family, settings: Settings) -> Non
     temporal.channels = None if convolution is None else convolution.in_channels
 
     for index, block in enumerate(blocks):
-        block.temporal_link = Link(encoder, index)  # type: ignore[assignment]
+        block.temporal_link = Link(encoder, temporal.place(index))  # type: ignore[assignment]
         swap_class(block, patched_class(VideoBlock, type(block)))
     for module in list(encoder.modules()):
         if type(module).__name__.startswith("PatchDropout"):
@@ -567,7 +589,7 @@ def patch_encoder(encoder: nn.Module, family: Family, settings: Settings) -> Non
 def unpatch_encoder(encoder: Any) -> None:
     """Undo `patch_encoder` in place."""
     for module in list(encoder.modules()):
-        if isinstance(module, VideoBlock) and module.temporal_link.index in encoder.temporal_encoder.replaced:
+        if isinstance(module, VideoBlock) and module.temporal_link.place.replaced:
             encoder._restore_replaced(module)
     for module in list(encoder.modules()):
         if isinstance(module, Patched):
