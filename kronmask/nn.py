@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronmask.attention import rule_attention
+from kronmask.clips import Clips
 from kronmask.mask import KronMask
 from kronmask.masks import mask_rule
 
@@ -99,9 +99,10 @@ class TemporalEmbedding(nn.Module):
         """The embedding of a clip of `frames` frames, `(1, frames, 1, D)`; exactly `weight` at its own length."""
         return _interpolate(self.weight, frames)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding to `x (B, T, N, D)`, in the dtype of `x`."""
-        return x + self.at(x.shape[1]).to(x.dtype)
+    def forward(self, x: Tensor, clips: Clips | None = None) -> Tensor:
+        """Add the embedding to `x (B, T, N, D)`, in the dtype of `x`; `clips` says which frames these are, all by default."""
+        clips = Clips(x.shape[1]) if clips is None else clips
+        return x + clips.embedding(self).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         loaded, own = state_dict.get(f"{prefix}weight"), self.weight
@@ -182,12 +183,12 @@ class KronAttention(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor, frames: int, tokens: int, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, frames: int | Clips, tokens: int, prefix: int = 0) -> Tensor:
         """Attend.
 
         Args:
             x: `(B, prefix + frames * tokens, D)`.
-            frames: frames T of the clip.
+            frames: frames T of the clip, or what they are of it.
             tokens: tokens N of a frame, its class token included.
             prefix: global tokens in front of the frames, which see and are seen by all.
 
@@ -203,8 +204,8 @@ class KronAttention(nn.Module):
             2, 0, 3, 1, 4
         )  # (B, H, L, head_dim)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        rule = self.mask(frames, tokens)
-        output = rule_attention(query, key, value, rule, frames=frames, tokens=tokens, prefix=prefix)
+        clips = frames if isinstance(frames, Clips) else Clips(frames)
+        output = clips.attend(self, query, key, value, self.mask, tokens, prefix=prefix)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -264,7 +265,7 @@ class TemporalResidual(nn.Module):
         """Set the output projections to zero: the layer is the identity until it has learned."""
         _zero(self.attn.out_proj)
 
-    def forward(self, x: Tensor, frames: int, tokens: int, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, frames: int | Clips, tokens: int, prefix: int = 0) -> Tensor:
         """`x (B, prefix + frames * tokens, D)` to the same shape and dtype."""
         return x + self.attn(self.ln_1(x).to(x.dtype), frames, tokens, prefix).to(x.dtype)
 
@@ -302,7 +303,7 @@ class TemporalBlock(TemporalResidual):
         super().zero_output_()
         _zero(self.mlp.c_proj)
 
-    def forward(self, x: Tensor, frames: int, tokens: int, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, frames: int | Clips, tokens: int, prefix: int = 0) -> Tensor:
         x = super().forward(x, frames, tokens, prefix)
         return x + self.mlp(self.ln_2(x).to(x.dtype)).to(x.dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronmask.clips import Clips
 from kronmask.nn import KronAttention, MaskRule, TemporalBlock, TemporalEmbedding, TemporalResidual
 from kronmask.patch.settings import Settings
 
@@ -66,7 +67,7 @@ class TemporalEncoder(nn.Module):
         self.first = min((*residuals, *self.replaced), default=None)  # the embedding is added in front of this block
         self.checkpointing = False
         self.channels: int | None = None  # of the images, where the model says
-        self.clips: dict[int, int] = {}  # frames in a batch -> frames in a clip, of the latest forward of that size
+        self.clips: dict[int, Clips] = {}  # frames in a batch -> their clips, of the latest forward of that size
 
     def place(self, index: int) -> Place:
         """What is done around the image block `index`."""
@@ -80,24 +81,26 @@ class TemporalEncoder(nn.Module):
         residual = [self.residuals[place.residual]] if place.residual is not None else []
         return [*embedding, *residual, *(self.blocks if place.appended else ())]
 
-    def before(self, place: Place, x: Tensor, frames: int) -> Tensor:
+    def before(self, place: Place, x: Tensor, clips: Clips) -> Tensor:
         """What happens to tokens `(B*T, N, D)` in front of an image block."""
         if place.embedded:
-            x = self._embed(x, frames)
+            x = self._embed(x, clips)
         if place.residual is not None:
-            x = _over_clip(self.residuals[place.residual], x, frames)
+            x = _over_clip(self.residuals[place.residual], x, clips)
         return x
 
-    def after(self, place: Place, x: Tensor, frames: int) -> Tensor:
+    def after(self, place: Place, x: Tensor, clips: Clips) -> Tensor:
         """What happens to tokens `(B*T, N, D)` behind an image block."""
         if place.appended:
-            x = self._embed(x, frames)
+            x = self._embed(x, clips)
             for block in self.blocks:
-                x = _over_clip(block, x, frames)
+                x = _over_clip(block, x, clips)
         return x
 
-    def _embed(self, x: Tensor, frames: int) -> Tensor:
-        return x if self.embedding is None else self.embedding(x.unflatten(0, (-1, frames))).flatten(0, 1)
+    def _embed(self, x: Tensor, clips: Clips) -> Tensor:
+        if self.embedding is None:
+            return x
+        return self.embedding(x.unflatten(0, (-1, clips.frames)), clips).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x`: an encoder that runs all its children (`nn.Sequential`) passes through here; the blocks do the work."""
@@ -110,11 +113,11 @@ class TemporalEncoder(nn.Module):
         return f"depth={self.depth}" + (f", replaced={self.replaced}, attention={self.mask}" if self.replaced else "")
 
 
-def _over_clip(layer: nn.Module, x: Tensor, frames: int) -> Tensor:
+def _over_clip(layer: nn.Module, x: Tensor, clips: Clips) -> Tensor:
     """A temporal layer on the tokens `(B*T, N, D)` of all frames of each clip."""
     tokens = x.shape[1]
-    clip = x.unflatten(0, (-1, frames)).flatten(1, 2)  # (B, T*N, D)
-    return layer(clip, frames, tokens).unflatten(1, (frames, tokens)).flatten(0, 1)
+    clip = x.unflatten(0, (-1, clips.frames)).flatten(1, 2)  # (B, T*N, D)
+    return layer(clip, clips, tokens).unflatten(1, (clips.frames, tokens)).flatten(0, 1)
 
 
 # ---- what image blocks are made of ----------------------------------------------------------------------------------

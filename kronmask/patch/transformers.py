@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kronmask.clips import Clips
 from kronmask.mask import KronMask
 from kronmask.nn import Attention
 from kronmask.patch.family import Entry, Family
@@ -53,7 +54,7 @@ class HuggingFaceEncoder(VideoEncoder):
 
     temporal_configs: list[Any]  # the configurations that hold the settings
 
-    def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, video: Tensor, clips: Clips, kwargs: dict[str, Any]) -> dict[str, Any]:
         config: Any = self.config
         if self.temporal_encoder.replaced:
             asked = [name for name in ("attention_mask", "head_mask") if kwargs.get(name) is not None]
@@ -63,7 +64,7 @@ class HuggingFaceEncoder(VideoEncoder):
                     "placement='replace' attends over the clip, by a kernel that computes no weights: leave "
                     f"{asked[0]} out, or use placement='append' or 'interleave'"
                 )
-        return super()._prepare(video, kwargs)
+        return super()._prepare(video, clips, kwargs)
 
     def _on_patch(self, model: Any, settings: Settings) -> None:
         """Write the settings into the configuration that `save_pretrained` stores."""
@@ -100,16 +101,18 @@ class HuggingFaceEncoder(VideoEncoder):
 class MaskedAutoencoder(HuggingFaceEncoder):
     """Mixin of a patched `ViTMAEModel`: the same patches are masked in all frames of a clip."""
 
-    def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, video: Tensor, clips: Clips, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("noise") is None:
             embeddings: Any = self.embeddings
             height, width = embeddings.patch_embeddings.patch_size
             patches = (video.shape[3] // height) * (video.shape[4] // width)
             kwargs["noise"] = torch.rand(video.shape[0], patches, device=video.device)
-        return super()._prepare(video, kwargs)
+        return super()._prepare(video, clips, kwargs)
 
-    def _encode(self, entry: Entry, output: str, images: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        result = super()._encode(entry, output, images, args, kwargs)
+    def _encode(
+        self, entry: Entry, output: str, images: Any, args: Any, kwargs: dict[str, Any], clips: Clips | None = None
+    ) -> Any:
+        result = super()._encode(entry, output, images, args, kwargs, clips)
         if output == "mean" and isinstance(result, Mapping):
             return type(result)(**dict(result, ids_restore=result["ids_restore"][:, 0]))
         if output == "mean":

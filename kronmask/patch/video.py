@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from kronmask.attention import rule_attention
+from kronmask.clips import Clips
 from kronmask.nn import MaskRule
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
@@ -32,14 +32,14 @@ __all__ = ["VideoEncoder", "patch_encoder", "unpatch_encoder"]
 
 
 class _Running(threading.local):
-    """The encoder that is running in this thread, its B*T images and the frames T of its clips, the block that has run last,
-    and where it leaves its last tokens."""
+    """The encoder that is running in this thread, its B*T images and their clips, the block that has run last, and where it
+    leaves its last tokens."""
 
     def __init__(self) -> None:
         # not attributes of the class, which torch.compile of 2.7 takes for the values of every thread
         self.encoder: nn.Module | None = None
         self.images = 0
-        self.frames = 0
+        self.clips = Clips(1)
         self.block: int | None = None
         self.tokens: list[Tensor] | None = None
         self.grad = False  # whether gradients were on where the encoder was called
@@ -48,8 +48,8 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _clip_frames(encoder: Any, images: int) -> int:
-    """Frames T of the clips whose B*T frames a block has before it.
+def _clips_of(encoder: Any, images: int) -> Clips:
+    """The clips whose B*T frames a block has before it.
 
     Within the encoder's forward they are known. When activation checkpointing runs a block again in the backward, they are those
     of the forward whose output the backward has come from. A backward from elsewhere (an activation that a hook has kept),
@@ -62,15 +62,15 @@ def _clip_frames(encoder: Any, images: int) -> int:
                 f"a block of {type(encoder).__name__} got {images} images of the {_running.images} that all frames of all clips "
                 "are; are its tokens (N, B, D)? Then its family has sequence_first=True"
             )
-        return _running.frames
-    frames = encoder.temporal_encoder.clips.get(images)
+        return _running.clips
+    clips = encoder.temporal_encoder.clips.get(images)
     in_backward = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
-    if frames is None or not in_backward:
+    if clips is None or not in_backward:
         raise RuntimeError(
             f"a block of a patched {type(encoder).__name__} was called on {images} images outside of the model's forward, so it "
             "cannot know their clips; call the model, or unpatch_vit(model) first"
         )
-    return frames
+    return clips
 
 
 class Link:
@@ -152,23 +152,23 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
         place: Place = self.temporal_link.place
         temporal: TemporalEncoder = encoder.temporal_encoder
         batch_dim = 1 if type(encoder).family.is_sequence_first(encoder) else 0
-        frames = _clip_frames(encoder, x.shape[batch_dim])
+        clips = _clips_of(encoder, x.shape[batch_dim])
 
         if _running.encoder is encoder and _running.grad and not torch.is_grad_enabled() and not x.requires_grad:
             _refuse_reentrant(temporal, place)
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            x = _on_tokens(temporal.before, place, x, frames, batch_dim)
+            x = _on_tokens(temporal.before, place, x, clips, batch_dim)
             if place.replaced:
                 assert temporal.mask is not None
-                attention = ClipAttention(x.shape[batch_dim], frames, temporal.mask)
+                attention = ClipAttention(self, x.shape[batch_dim], clips, temporal.mask)
                 with attention:
                     output = image_class.forward(self, x, *args, **kwargs)
                 attention.check(image_class)
             else:
                 output = image_class.forward(self, x, *args, **kwargs)
             rest = output[1:] if isinstance(output, tuple) else None
-            tokens = _on_tokens(temporal.after, place, output if rest is None else output[0], frames, batch_dim)
+            tokens = _on_tokens(temporal.after, place, output if rest is None else output[0], clips, batch_dim)
             return tokens if rest is None else (tokens, *rest)
 
         if temporal.checkpointing and torch.is_grad_enabled():
@@ -180,7 +180,8 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
                 _running.block = place.index
             if place.last and _running.tokens is not None:
                 tokens = output[0] if isinstance(output, tuple) else output
-                _running.tokens.append((tokens.transpose(0, 1) if batch_dim else tokens).flatten(1, -2))
+                tokens = tokens.transpose(0, 1) if batch_dim else tokens
+                _running.tokens.append(clips.by_clip(tokens.flatten(1, -2)))
         return output
 
     return forward
@@ -197,13 +198,13 @@ def _refuse_reentrant(temporal: TemporalEncoder, place: Place) -> None:
         )
 
 
-def _on_tokens(layers: Callable[..., Tensor], place: Place, x: Tensor, frames: int, batch_dim: int) -> Tensor:
+def _on_tokens(layers: Callable[..., Tensor], place: Place, x: Tensor, clips: Clips, batch_dim: int) -> Tensor:
     """Run temporal layers on tokens in a block's own layout, in the layout `(B*T, N, D)`."""
     if batch_dim:
-        return layers(place, x.transpose(0, 1), frames).transpose(0, 1)
+        return layers(place, x.transpose(0, 1), clips).transpose(0, 1)
     if x.ndim == 3:
-        return layers(place, x, frames)
-    return layers(place, x.flatten(1, -2), frames).unflatten(1, x.shape[1:-1])
+        return layers(place, x, clips)
+    return layers(place, x.flatten(1, -2), clips).unflatten(1, x.shape[1:-1])
 
 
 class ClipAttention(TorchFunctionMode):
@@ -213,10 +214,11 @@ class ClipAttention(TorchFunctionMode):
     position in the frame alone, and so also hold between frames), gates, output.
     """
 
-    def __init__(self, images: int, frames: int, mask: MaskRule) -> None:
+    def __init__(self, block: nn.Module, images: int, clips: Clips, mask: MaskRule) -> None:
         super().__init__()
+        self.block = block
         self.images = images
-        self.frames = frames
+        self.clips = clips
         self.mask = mask
         self.calls = 0
 
@@ -250,17 +252,16 @@ class ClipAttention(TorchFunctionMode):
                 f"placement='replace' needs attention of all tokens of a frame to each other, (B*T, heads, N, D) with B*T = "
                 f"{self.images}; the block attends from {tuple(query.shape)} to {tuple(key.shape)}"
             )
-        frames, tokens, head_dim = self.frames, key.shape[2], key.shape[3]
-        rule = self.mask(frames, tokens)
+        clips, tokens, head_dim = self.clips, key.shape[2], key.shape[3]
         query, key, value = (
-            x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3) for x in (query, key, value)
+            x.unflatten(0, (-1, clips.frames)).transpose(1, 2).flatten(2, 3) for x in (query, key, value)
         )  # (B, H, T*N, D)
         outputs = [  # values may be a multiple as wide as queries (differential attention)
-            rule_attention(query, key, part, rule, frames=frames, tokens=tokens, scale=scale)
-            for part in value.split(head_dim, dim=-1)
+            clips.attend((self.block, self.calls, i), query, key, part, self.mask, tokens, scale=scale)
+            for i, part in enumerate(value.split(head_dim, dim=-1))
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return output.unflatten(2, (frames, tokens)).transpose(1, 2).flatten(0, 1)
+        return output.unflatten(2, (clips.frames, tokens)).transpose(1, 2).flatten(0, 1)
 
     def check(self, block: type[nn.Module]) -> None:
         """Raises RuntimeError if the block has attended in another way."""
@@ -319,7 +320,7 @@ class TubeDropout(Patched):
         """Frames `(B*T, N, D)`, in training with fewer tokens; kept indices, where the image class returns them."""
         if not self.training:
             return super().forward(x, *args)
-        frames = _clip_frames(self.temporal_link.encoder, x.shape[0])
+        frames = _clips_of(self.temporal_link.encoder, x.shape[0]).frames
         wide = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2)  # (B, N, T*D)
         output = super().forward(wide, *args)
         kept = output[0] if isinstance(output, tuple) else output
@@ -357,8 +358,7 @@ class VideoEncoder(Patched):
             self._encode(self.family.entries[0], "frames", video, args, kwargs)
         finally:
             _running.tokens = outer
-        frames = 1 if video.ndim == self.family.entries[0].ndim else video.shape[1]
-        return tokens[0].unflatten(0, (-1, frames))
+        return tokens[0]
 
     def set_grad_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Recompute blocks, the temporal layers among them, in the backward.
@@ -376,29 +376,31 @@ class VideoEncoder(Patched):
         own: Any = getattr(super(), "no_weight_decay", set)()
         return set(own) | {n for n, _ in self.named_parameters() if n.startswith("temporal_encoder.embedding")}
 
-    def _prepare(self, video: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, video: Tensor, clips: Clips, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Further arguments for the image method, one row for each frame, from those for the clips of `video`."""
-        frames = video.shape[1]
         for name in type(self).family.per_image:  # an attribute of the class to torch.export of 2.7
             if isinstance(value := kwargs.get(name), Tensor):
-                kwargs[name] = value.repeat_interleave(frames, 0)
+                kwargs[name] = clips.repeat(value)
         return kwargs
 
-    def _encode(self, entry: Entry, output: str, images: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a method of the image class on all frames of a batch of clips."""
+    def _encode(
+        self, entry: Entry, output: str, images: Any, args: Any, kwargs: dict[str, Any], clips: Clips | None = None
+    ) -> Any:
+        """Call a method of the image class on all frames of a batch of clips; `clips` where they are not whole."""
         method = getattr(self.image_class, entry.method)
         if _running.encoder is self:  # called by another entry, on frames
             return method(self, images, *args, **kwargs)
         if args and type(self).family.per_image:  # by name, since `_prepare` looks for them by name
             bound = inspect.signature(method).bind_partial(self, images, *args, **kwargs)
             args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
-        video = _clips(images, entry, self.temporal_encoder.channels)
-        batch, frames = video.shape[0], video.shape[1]
-        outer = _running.encoder, _running.images, _running.frames, _running.block, _running.grad
-        _running.encoder, _running.images, _running.frames, _running.block = self, batch * frames, frames, None
+        video = _as_video(images, entry, self.temporal_encoder.channels)
+        clips = Clips(video.shape[1]) if clips is None else clips
+        count = video.shape[0] * video.shape[1]
+        outer = _running.encoder, _running.images, _running.clips, _running.block, _running.grad
+        _running.encoder, _running.images, _running.clips, _running.block = self, count, clips, None
         _running.grad = torch.is_grad_enabled()
         try:
-            result = method(self, video.flatten(0, 1), *args, **self._prepare(video, dict(kwargs)))
+            result = method(self, video.flatten(0, 1), *args, **self._prepare(video, clips, dict(kwargs)))
             skipped = _running.block not in (None, self.temporal_encoder.depth - 1)
             if self.temporal_encoder.blocks and skipped:
                 raise ValueError(
@@ -406,10 +408,10 @@ class VideoEncoder(Patched):
                     "run (no stop_early, no output of an earlier block), or use placement='interleave' or 'replace'"
                 )
         finally:
-            _running.encoder, _running.images, _running.frames, _running.block, _running.grad = outer
+            _running.encoder, _running.images, _running.clips, _running.block, _running.grad = outer
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _note_clips(self.temporal_encoder.clips, batch * frames, frames, (result, _running.tokens))
-        return _by_clip(result, (batch, frames), mean=output == "mean")
+            _note_clips(self.temporal_encoder.clips, count, clips, (result, _running.tokens))
+        return _by_clip(result, clips, count, mean=output == "mean")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         """Load; a checkpoint without any temporal weight (an image model's) leaves the temporal weights as they are."""
@@ -455,7 +457,7 @@ def _refusing(name: str, reason: str) -> Callable[..., Any]:
     return method
 
 
-def _clips(images: Any, entry: Entry, channels: int | None) -> Tensor:
+def _as_video(images: Any, entry: Entry, channels: int | None) -> Tensor:
     """`(B, T, C, H, W)` of a video batch; an image batch `(B, C, H, W)` becomes clips of one frame.
 
     Raises:
@@ -480,11 +482,11 @@ def _clips(images: Any, entry: Entry, channels: int | None) -> Tensor:
     return video
 
 
-def _note_clips(clips: dict[int, int], images: int, frames: int, output: Any) -> None:
-    """Note how many frames a clip has: now, and again when a backward begins at the output of this forward."""
+def _note_clips(noted: dict[int, Clips], images: int, clips: Clips, output: Any) -> None:
+    """Note which clips images form: now, and again when a backward begins at the output of this forward."""
 
     def note(gradient: Tensor | None = None) -> None:
-        clips[images] = frames
+        noted[images] = clips
 
     def hook(output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
@@ -500,30 +502,29 @@ def _note_clips(clips: dict[int, int], images: int, frames: int, output: Any) ->
 _FRAME_FIELDS = ("hidden_states", "attentions")
 
 
-def _by_clip(output: Any, sizes: tuple[int, int], mean: bool, depth: int = 0) -> Any:
-    """The output of an image method for B*T frames as the output for B clips.
+def _by_clip(output: Any, clips: Clips, images: int, mean: bool, depth: int = 0) -> Any:
+    """The output of an image method for B*T frames, `images` in number, as the output for B clips.
 
     Floating-point tensors are averaged over frames, or unfolded to `(B, T, ...)`; all others are unfolded. Tuples inside of an
     output (intermediate layers) and `hidden_states` of a dictionary keep their frames.
     """
     if isinstance(output, Tensor):
-        if output.ndim == 0 or output.shape[0] != sizes[0] * sizes[1]:
+        if output.ndim == 0 or output.shape[0] != images:
             if mean and output.ndim:
                 raise ValueError(
-                    f"the image model returned a tensor of shape {tuple(output.shape)} for {sizes[0] * sizes[1]} images, "
+                    f"the image model returned a tensor of shape {tuple(output.shape)} for {images} images, "
                     "which has no row for each of them to be averaged over the frames of a clip"
                 )
             return output
-        frames = output.unflatten(0, sizes)
-        return frames.mean(1) if mean and output.is_floating_point() else frames
+        return clips.mean(output) if mean and output.is_floating_point() else clips.by_clip(output)
     if isinstance(output, Mapping):
-        values = {k: _by_clip(v, sizes, mean and k not in _FRAME_FIELDS, depth + 1) for k, v in output.items()}
+        values = {k: _by_clip(v, clips, images, mean and k not in _FRAME_FIELDS, depth + 1) for k, v in output.items()}
         return values if type(output) is dict else type(output)(**values)
     if isinstance(output, (tuple, list)):
-        parts = [_by_clip(value, sizes, mean and depth == 0, depth + 1) for value in output]
+        parts = [_by_clip(value, clips, images, mean and depth == 0, depth + 1) for value in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     if is_dataclass(output) and not isinstance(output, type):
-        values = {f.name: _by_clip(getattr(output, f.name), sizes, mean, depth + 1) for f in fields(output)}
+        values = {f.name: _by_clip(getattr(output, f.name), clips, images, mean, depth + 1) for f in fields(output)}
         return replace(output, **values)
     return output
 
