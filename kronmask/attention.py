@@ -96,18 +96,19 @@ def rule_attention(
     value: Tensor,
     rule: str,
     *,
-    frames: int,
+    frames: int | tuple[int, int],
     tokens: int,
     prefix: int = 0,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`kron_attention` under the mask that `rule` describes for `frames` frames of `tokens` tokens.
+    """`kron_attention` under the mask that `rule` describes for `frames` frames (or query and key frames) of `tokens` tokens.
 
     What a model calls in its forward: the sizes may be symbolic, so that a compiled model needs no new graph for a longer clip.
     See `KronMask.rule` and `masks.mask_rule`.
     """
-    return _attend(query, key, value, rule, (frames, frames), (tokens, tokens), prefix, scale, backend)[0]
+    frames = frames if isinstance(frames, tuple) else (frames, frames)
+    return _attend(query, key, value, rule, frames, (tokens, tokens), prefix, scale, backend)[0]
 
 
 def _attend(

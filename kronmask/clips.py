@@ -41,7 +41,6 @@ class Clips:
 
     def attend(
         self,
-        site: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -54,7 +53,6 @@ class Clips:
         """Attention `(B, H, prefix + T*N, D)` of these frames to those that the mask allows.
 
         Args:
-            site: which attention of the model this is; equal from forward to forward.
             query, key, value: of these frames, as in `kron_attention`.
             mask: for clips of any size.
             tokens: tokens N of a frame.

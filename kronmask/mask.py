@@ -169,12 +169,26 @@ class KronMask:
             prefix=self.prefix,
         )
 
-    def select(self, *, query: slice = slice(None), key: slice = slice(None)) -> KronMask:
+    def select(
+        self, *, query: slice | Sequence[int] = slice(None), key: slice | Sequence[int] = slice(None)
+    ) -> KronMask:
         """The rectangular mask of some query frames against some key frames (streaming, frame-parallel).
 
-        `masks.kmct(8, 197).select(query=slice(6, 8))` is the mask of the last two frames against all eight.
+        `masks.kmct(8, 197).select(query=slice(6, 8))` is the mask of the last two frames against all eight. Frames are a
+        slice, or their numbers in the order in which they come.
+
+        Raises:
+            ValueError: no frames, or frames that the mask does not have.
         """
-        codes = [row[key] for row in self.codes[query]]
+        rows, columns = range(self.query_frames), range(self.key_frames)
+        try:
+            rows_, columns_ = (
+                all_frames[chosen] if isinstance(chosen, slice) else [all_frames[frame] for frame in chosen]
+                for all_frames, chosen in ((rows, query), (columns, key))
+            )
+        except IndexError:
+            raise ValueError(f"query={query} and key={key} are not all frames of {self!s}") from None
+        codes = [[self.codes[row][column] for column in columns_] for row in rows_]
         if not codes or not codes[0]:
             raise ValueError(f"query={query} and key={key} select no frames of {self!s}")
         return self._with(codes, [self.factor(FIRST_PATTERN + i) for i in range(len(self.palette))])

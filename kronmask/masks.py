@@ -43,9 +43,13 @@ def temporal(frames: int, tokens: int, *, prefix: int = 0) -> KronMask:
     return _by_distance(frames, tokens, prefix, lambda distance: IDENTITY)
 
 
-def causal(frames: int, tokens: int, *, prefix: int = 0) -> KronMask:
-    """tril (x) J: every token sees its own and all earlier frames (block-causal attention)."""
-    return _by_distance(frames, tokens, prefix, lambda distance: FULL if distance <= 0 else EMPTY)
+def causal(frames: int, tokens: int, *, window: int | None = None, sink: int = 0, prefix: int = 0) -> KronMask:
+    """tril (x) J: every token sees its own and all earlier frames (block-causal attention).
+
+    With `window`, of these only the last `window` frames, its own among them (sliding-window attention of Longformer, arXiv
+    2004.05150, over frames); the first `sink` frames are always seen (attention sinks of StreamingLLM, arXiv 2309.17453).
+    """
+    return _causal(frames, tokens, prefix, FULL, window, sink)
 
 
 def kmt(frames: int, tokens: int, *, prefix: int = 0) -> KronMask:
@@ -56,14 +60,13 @@ def kmt(frames: int, tokens: int, *, prefix: int = 0) -> KronMask:
     return _by_distance(frames, tokens, prefix, lambda distance: IDENTITY if distance == 0 else FULL)
 
 
-def kmct(frames: int, tokens: int, *, prefix: int = 0) -> KronMask:
+def kmct(frames: int, tokens: int, *, window: int | None = None, sink: int = 0, prefix: int = 0) -> KronMask:
     """The causal Kronecker mask of CLAVER (ICLR 2025, arXiv 2502.03549): earlier frames at any position, and itself.
 
-    `(t, n)` sees `(t', n')` iff `t' < t or (t, n) == (t', n')`.
+    `(t, n)` sees `(t', n')` iff `t' < t or (t, n) == (t', n')`. With `window`, of the earlier frames only the last
+    `window - 1`; the first `sink` frames are always seen, as in `causal`.
     """
-    return _by_distance(
-        frames, tokens, prefix, lambda distance: FULL if distance < 0 else IDENTITY if distance == 0 else EMPTY
-    )
+    return _causal(frames, tokens, prefix, IDENTITY, window, sink)
 
 
 def frame_window(frames: int, tokens: int, *, radius: int = 1, prefix: int = 0) -> KronMask:
@@ -194,6 +197,20 @@ def _by_distance(frames: int, tokens: int, prefix: int, code: Callable[[int], in
     """The mask whose factor depends on the frame distance `t' - t` alone."""
     _at_least(frames, 1, "frames")
     return KronMask([[code(k - q) for k in range(frames)] for q in range(frames)], tokens=tokens, prefix=prefix)
+
+
+def _causal(frames: int, tokens: int, prefix: int, own: int, window: int | None, sink: int) -> KronMask:
+    """Earlier frames, or those of them in the window and the sinks, at any position; the own frame as `own` says."""
+    _at_least(frames, 1, "frames")
+    _at_least(sink, 0, "sink")
+    reach = frames if window is None else _at_least(window, 1, "window")
+
+    def code(query: int, key: int) -> int:
+        if key >= query:
+            return own if key == query else EMPTY
+        return FULL if query - key < reach or key < sink else EMPTY
+
+    return KronMask([[code(q, k) for k in range(frames)] for q in range(frames)], tokens=tokens, prefix=prefix)
 
 
 def _at_least(value: int, minimum: int, name: str) -> int:

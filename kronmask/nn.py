@@ -16,7 +16,16 @@ from kronmask.clips import Clips
 from kronmask.mask import KronMask
 from kronmask.masks import mask_rule
 
-__all__ = ["MLP", "KronAttention", "MaskRule", "QuickGELU", "TemporalBlock", "TemporalEmbedding", "TemporalResidual"]
+__all__ = [
+    "MLP",
+    "KronAttention",
+    "MaskRule",
+    "QuickGELU",
+    "TemporalBlock",
+    "TemporalEmbedding",
+    "TemporalResidual",
+    "rotate_by_time",
+]
 
 Attention = str | KronMask | Callable[[int, int], KronMask]
 
@@ -132,6 +141,30 @@ def _interpolate(embedding: Tensor, frames: int) -> Tensor:
     return torch.lerp(low, high, weight.to(dtype)).to(embedding.dtype)
 
 
+def rotate_by_time(x: Tensor, times: Tensor, tokens: int, prefix: int = 0) -> Tensor:
+    """Rotary embedding of time (RoFormer, arXiv 2104.09864): scores then depend on how many frames lie between two tokens.
+
+    Channel `i` of the first half of a head and channel `i` of the second half are turned by `time * 10000 ** (-2 i / D)`, the
+    same for all tokens of a frame. There are no parameters, and clips may have any length.
+
+    Args:
+        x: queries or keys `(B, H, prefix + T*N, D)`; an odd last channel and the prefix stay as they are.
+        times: when each frame is, `(T,)` or `(B, T)`, in frames.
+        tokens: tokens N of a frame.
+        prefix: tokens before the frames.
+    """
+    half = x.shape[-1] // 2
+    rates = 10000 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angles = times.to(torch.float64)[..., None] * rates  # exact also after a million frames
+    angles = angles.repeat_interleave(tokens, -2).unsqueeze(-3)  # (1, T*N, half) or (B, 1, T*N, half)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    frames = x[:, :, prefix:].to(dtype)
+    first, second, rest = frames.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+    return torch.cat([x[:, :, :prefix], turned], dim=2) if prefix else turned
+
+
 class KronAttention(nn.Module):
     """Multi-head self-attention over the tokens of all frames of a clip, under a Kronecker mask.
 
@@ -145,6 +178,7 @@ class KronAttention(nn.Module):
         head_dim: channels of a head, `dim // num_heads` by default.
         bias: whether the projections have biases.
         qk_norm: makes the norm of queries and of keys from `head_dim` (arXiv 2302.05442); none by default.
+        rotary: whether queries and keys are turned by the time of their frame, see `rotate_by_time`.
 
     Raises:
         ValueError: `dim` is no multiple of `num_heads` and no `head_dim` is given, or `attention` is unknown.
@@ -159,6 +193,7 @@ class KronAttention(nn.Module):
         head_dim: int | None = None,
         bias: bool = True,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -167,6 +202,7 @@ class KronAttention(nn.Module):
             head_dim = dim // num_heads
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim
         self.mask = MaskRule(attention)
+        self.rotary = rotary
         inner = num_heads * head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * inner, dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * inner)) if bias else None
@@ -205,11 +241,15 @@ class KronAttention(nn.Module):
         )  # (B, H, L, head_dim)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         clips = frames if isinstance(frames, Clips) else Clips(frames)
-        output = clips.attend(self, query, key, value, self.mask, tokens, prefix=prefix)
+        if self.rotary:
+            times = clips.times(x.device)
+            query, key = (rotate_by_time(part, times, tokens, prefix) for part in (query, key))
+        output = clips.attend(query, key, value, self.mask, tokens, prefix=prefix)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}, attention={self.mask!r}"
+        rotary = ", rotary=True" if self.rotary else ""
+        return f"dim={self.dim}, num_heads={self.num_heads}, attention={self.mask!r}{rotary}"
 
 
 class MLP(nn.Module):
@@ -251,10 +291,11 @@ class TemporalResidual(nn.Module):
         head_dim: int | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         self.ln_1 = norm_layer(dim)
-        self.attn = KronAttention(dim, num_heads, attention, head_dim=head_dim, qk_norm=qk_norm)
+        self.attn = KronAttention(dim, num_heads, attention, head_dim=head_dim, qk_norm=qk_norm, rotary=rotary)
 
     def reset_parameters(self, layers: int = 1) -> None:
         """CLIP's initialisation for a transformer of `layers` such layers."""
@@ -288,8 +329,11 @@ class TemporalBlock(TemporalResidual):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         qk_norm: Callable[[int], nn.Module] | None = None,
+        rotary: bool = False,
     ) -> None:
-        super().__init__(dim, num_heads, attention, head_dim=head_dim, norm_layer=norm_layer, qk_norm=qk_norm)
+        super().__init__(
+            dim, num_heads, attention, head_dim=head_dim, norm_layer=norm_layer, qk_norm=qk_norm, rotary=rotary
+        )
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         self.ln_2 = norm_layer(dim)
         self.mlp = MLP(dim, hidden_dim, act_layer)

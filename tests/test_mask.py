@@ -163,6 +163,15 @@ def test_select_is_slicing_of_the_dense_frames(mask, data):
     assert torch.equal(frames_part(part), expected)
 
 
+@given(kron_masks(), st.data())
+def test_select_takes_frames_in_any_order(mask, data):
+    rows = data.draw(st.lists(st.integers(0, mask.query_frames - 1), min_size=1, max_size=6))
+    columns = data.draw(st.lists(st.integers(0, mask.key_frames - 1), min_size=1, max_size=6))
+    dense = frames_part(mask).unflatten(0, (-1, mask.query_tokens)).unflatten(2, (-1, mask.key_tokens))
+    expected = dense[rows][:, :, columns].flatten(2, 3).flatten(0, 1)
+    assert torch.equal(frames_part(mask.select(query=rows, key=columns)), expected)
+
+
 def test_masks_cannot_be_changed():
     mask = masks.kmt(3, 4)
     with pytest.raises(AttributeError):
@@ -192,6 +201,7 @@ def test_kmt_by_hand():
         (lambda: masks.kmt(3, 4) & masks.kmt(3, 4, prefix=1), "different sizes"),
         (lambda: masks.kmt(0, 4), "frames"),
         (lambda: masks.kmt(3, 4).select(query=slice(3, 4)), "select no frames"),
+        (lambda: masks.kmt(3, 4).select(key=[0, 3]), "are not all frames"),
         (lambda: masks.neighborhood(2, 7), "grid"),
         (lambda: masks.neighborhood(2, 7, grid=(3, 3)), "does not fit"),
         (lambda: masks.frame_window(3, 4, radius=-1), "radius"),

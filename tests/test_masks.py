@@ -44,3 +44,24 @@ def test_parameters():
     registers = masks.neighborhood(2, 4 + 6, grid=(2, 3), radius=1)
     assert registers.dense()[:4].all()
     assert not registers.dense()[4, 6]  # first patch, and the patch two columns to its right
+
+
+@pytest.mark.parametrize("name", ["causal", "kmct"])
+@pytest.mark.parametrize(("window", "sink"), [(1, 0), (3, 0), (3, 2), (1, 1), (9, 0), (None, 2)])
+def test_windows_and_sinks(name, window, sink):
+    frames, tokens, allowed = 6, 3, DEFINITIONS[name]
+    pairs = [(t, n) for t in range(frames) for n in range(tokens)]
+
+    def seen(t, n, u, m):
+        near = window is None or t - u < window
+        return allowed(t, n, u, m) and (near or u < sink)
+
+    expected = torch.tensor([[seen(*query, *key) for key in pairs] for query in pairs])
+    assert torch.equal(masks.NAMES[name](frames, tokens, window=window, sink=sink).dense(), expected)
+
+
+def test_a_window_of_no_frame_is_refused():
+    with pytest.raises(ValueError, match="window must be an int of at least 1, not 0"):
+        masks.kmct(4, 3, window=0)
+    with pytest.raises(ValueError, match="sink must be an int of at least 0, not -1"):
+        masks.causal(4, 3, sink=-1)

@@ -47,7 +47,7 @@ def patch_vit(
     placement: str = "append",
     layers: int | Sequence[int] | None = None,
     init: str = "zero",
-    temporal_embedding: bool = True,
+    temporal_embedding: bool | str = True,
     family: Family | None = None,
 ) -> Model:
     """Give an image ViT temporal attention, in place, so that it takes video `(B, T, C, H, W)`.
@@ -82,7 +82,9 @@ def patch_vit(
             model averaged over frames (but for "replace"); "random" is CLIP's initialisation, with temporal embedding
             N(0, .02); "copy" takes the weights of the last image blocks ("append") or of the same block's attention
             ("interleave"), with temporal embedding N(0, .02).
-        temporal_embedding: whether to add a learned vector for each frame before the first temporal attention.
+        temporal_embedding: True adds a learned vector for each frame before the first temporal attention; "rotary" turns
+            queries and keys of temporal attention by the time of their frame instead (RoFormer, arXiv 2104.09864), which
+            has no parameters and holds for clips and streams of any length; False tells frames apart by the mask alone.
         family: the facts about the model's encoder, for a ViT of one's own: `Family(MyViT, "blocks")`.
 
     Returns:
@@ -93,7 +95,7 @@ def patch_vit(
         ValueError: an argument that is none of the choices or does not fit the model, or a model that is patched
             already.
     """
-    settings = Settings(frames, attention, placement, layers, init, bool(temporal_embedding))
+    settings = Settings(frames, attention, placement, layers, init, temporal_embedding)
     if any(isinstance(module, VideoEncoder) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is patched already; call unpatch_vit(model) first")
     encoder, family = _find(model) if family is None else _find_declared(model, family)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kronmask.mask import KronMask
 from kronmask.masks import did_you_mean
 from kronmask.nn import Attention, MaskRule
 
-__all__ = ["INITS", "PLACEMENTS", "Settings"]
+__all__ = ["EMBEDDINGS", "INITS", "PLACEMENTS", "Settings"]
 
 PLACEMENTS = ("append", "interleave", "replace")
 INITS = ("zero", "random", "copy")
+EMBEDDINGS = (True, False, "rotary")
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,18 @@ class Settings:
     placement: str
     layers: int | Sequence[int] | None
     init: str
-    temporal_embedding: bool
+    temporal_embedding: bool | str
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("placement", self.placement, PLACEMENTS), ("init", self.init, INITS)):
-            if value not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}{did_you_mean(value, choices)}"
-                )
+        chosen: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+            ("placement", self.placement, PLACEMENTS),
+            ("init", self.init, INITS),
+            ("temporal_embedding", self.temporal_embedding, EMBEDDINGS),
+        )
+        for name, value, choices in chosen:
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                hint = did_you_mean(value, map(str, choices))
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
         if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1:
             raise ValueError(f"frames must be an int of at least 1, not {self.frames!r}")
         rule = MaskRule(self.attention)  # raises ValueError

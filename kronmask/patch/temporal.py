@@ -44,6 +44,7 @@ class TemporalEncoder(nn.Module):
         residuals: run in front of the image block of that index (interleave).
         replaced: indices of the image blocks whose own attention runs over the whole clip (replace).
         mask: of the replaced attention.
+        rotary: whether the replaced attention turns queries and keys by the time of their frame.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TemporalEncoder(nn.Module):
         residuals: dict[int, TemporalResidual] | None = None,
         replaced: Iterable[int] = (),
         mask: MaskRule | None = None,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         residuals = residuals or {}
@@ -64,6 +66,7 @@ class TemporalEncoder(nn.Module):
         self.residuals = nn.ModuleDict({str(index): residual for index, residual in residuals.items()})
         self.replaced = tuple(replaced)
         self.mask = mask
+        self.rotary = rotary
         self.first = min((*residuals, *self.replaced), default=None)  # the embedding is added in front of this block
         self.checkpointing = False
         self.channels: int | None = None  # of the images, where the model says
@@ -110,7 +113,9 @@ class TemporalEncoder(nn.Module):
         return self.__dict__ | {"clips": {}}  # what a pending backward needs is no part of a copy or a file
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth}" + (f", replaced={self.replaced}, attention={self.mask}" if self.replaced else "")
+        return f"depth={self.depth}" + (
+            f", replaced={self.replaced}, attention={self.mask}, rotary={self.rotary}" if self.replaced else ""
+        )
 
 
 def _over_clip(layer: nn.Module, x: Tensor, clips: Clips) -> Tensor:
@@ -265,7 +270,8 @@ def build_temporal_encoder(
     """
     depth = len(blocks)
     embedding = None
-    if settings.temporal_embedding:
+    rotary = settings.temporal_embedding == "rotary"
+    if settings.temporal_embedding is True:
         sizes = BlockSizes.of(blocks[0])
         embedding = TemporalEmbedding(sizes.dim, settings.frames, std=0.0 if settings.init == "zero" else 0.02)
         embedding.to(device=sizes.like.device, dtype=sizes.like.dtype)
@@ -276,7 +282,7 @@ def build_temporal_encoder(
         return TemporalEncoder(depth, embedding, blocks=appended)
     indices = settings.selected(depth)
     if settings.placement == "replace":
-        return TemporalEncoder(depth, embedding, replaced=indices, mask=MaskRule(settings.attention))
+        return TemporalEncoder(depth, embedding, replaced=indices, mask=MaskRule(settings.attention), rotary=rotary)
     count = len(indices)
     residuals = {i: _temporal_layer(TemporalResidual, settings, blocks[i], count, sequence_first) for i in indices}
     return TemporalEncoder(depth, embedding, residuals=residuals)
@@ -285,7 +291,7 @@ def build_temporal_encoder(
 def _temporal_layer(kind: type[Any], settings: Settings, block: nn.Module, count: int, sequence_first: bool) -> Any:
     """A temporal layer of the sizes, norms and activation of an image block, initialised as `settings` say."""
     sizes = BlockSizes.of(block)
-    options: dict[str, Any] = {"head_dim": sizes.head_dim}
+    options: dict[str, Any] = {"head_dim": sizes.head_dim, "rotary": settings.temporal_embedding == "rotary"}
     if sizes.norm is not None:
         options["norm_layer"] = lambda dim: _fresh(sizes.norm)
     if sizes.qk_norm is not None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from kronmask.clips import Clips
-from kronmask.nn import MaskRule
+from kronmask.nn import MaskRule, rotate_by_time
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
 from kronmask.patch.temporal import Place, TemporalEncoder, build_temporal_encoder
@@ -161,7 +161,7 @@ def _block_forward(image_class: type[nn.Module]) -> Callable[..., Any]:
             x = _on_tokens(temporal.before, place, x, clips, batch_dim)
             if place.replaced:
                 assert temporal.mask is not None
-                attention = ClipAttention(self, x.shape[batch_dim], clips, temporal.mask)
+                attention = ClipAttention(x.shape[batch_dim], clips, temporal.mask, temporal.rotary)
                 with attention:
                     output = image_class.forward(self, x, *args, **kwargs)
                 attention.check(image_class)
@@ -214,12 +214,12 @@ class ClipAttention(TorchFunctionMode):
     position in the frame alone, and so also hold between frames), gates, output.
     """
 
-    def __init__(self, block: nn.Module, images: int, clips: Clips, mask: MaskRule) -> None:
+    def __init__(self, images: int, clips: Clips, mask: MaskRule, rotary: bool) -> None:
         super().__init__()
-        self.block = block
         self.images = images
         self.clips = clips
         self.mask = mask
+        self.rotary = rotary
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,9 +256,11 @@ class ClipAttention(TorchFunctionMode):
         query, key, value = (
             x.unflatten(0, (-1, clips.frames)).transpose(1, 2).flatten(2, 3) for x in (query, key, value)
         )  # (B, H, T*N, D)
+        if self.rotary:
+            times = clips.times(query.device)
+            query, key = (rotate_by_time(part, times, tokens) for part in (query, key))
         outputs = [  # values may be a multiple as wide as queries (differential attention)
-            clips.attend((self.block, self.calls, i), query, key, part, self.mask, tokens, scale=scale)
-            for i, part in enumerate(value.split(head_dim, dim=-1))
+            clips.attend(query, key, part, self.mask, tokens, scale=scale) for part in value.split(head_dim, dim=-1)
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output.unflatten(2, (clips.frames, tokens)).transpose(1, 2).flatten(0, 1)

@@ -44,14 +44,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     return weights @ value
 
 
+def turn(x: Tensor, frames: int) -> Tensor:
+    """Rotary time: channels `i` and `D/2 + i` of a head `(T*N, D)` as a complex number, turned by its frame's number."""
+    half = x.shape[1] // 2
+    rows = []
+    for row, channels in enumerate(x):
+        frame = row // (len(x) // frames)
+        angles = torch.tensor([frame / 10000 ** (i / half) for i in range(half)], dtype=torch.float64)
+        turned = torch.complex(channels[:half].double(), channels[half : 2 * half].double()) * torch.exp(1j * angles)
+        rows.append(torch.cat([turned.real, turned.imag, channels[2 * half :].double()]))
+    return torch.stack(rows).to(x.dtype)
+
+
 class TemporalLayer:
     """A pre-norm residual of attention over a whole clip, and of an MLP where the weights have one."""
 
     def __init__(
-        self, weights: dict[str, Tensor], prefix: str, like: dict[str, Any], heads: int, attention: str
+        self, weights: dict[str, Tensor], prefix: str, like: dict[str, Any], heads: int, attention: str, rotary: bool
     ) -> None:
         self.weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        self.like, self.heads, self.attention = like, heads, attention
+        self.like, self.heads, self.attention, self.rotary = like, heads, attention, rotary
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """The image model's kind of norm, with the temporal layer's weights."""
@@ -71,6 +83,7 @@ class TemporalLayer:
         for q, k, v in zip(*(part.chunk(self.heads, dim=1) for part in (query, key, value)), strict=True):
             q = self._norm("attn.q_norm", q) if "attn.q_norm" in self.like else q
             k = self._norm("attn.k_norm", k) if "attn.k_norm" in self.like else k
+            q, k = (turn(q, frames), turn(k, frames)) if self.rotary else (q, k)
             heads.append(attention(q, k, v, mask))
         x = x + torch.cat(heads, dim=1) @ w["attn.out_proj.weight"].T + w["attn.out_proj.bias"]
         if "mlp.c_fc.weight" in w:
@@ -92,6 +105,7 @@ def run(
     heads: int = 1,
     like: dict[str, Any] | None = None,
     batch_dim: int = 0,
+    rotary: bool = False,
 ) -> Any:
     """What the patched model is documented to return for `video (B, T, C, H, W)`, one output for each clip.
 
@@ -103,11 +117,14 @@ def run(
         layers: with "interleave" and "replace", the image blocks concerned.
         like: a norm, q_norm, k_norm and activation of the kind that the temporal layers have, by their names in a layer.
         batch_dim: where a block has its batch: 1 for sequence-first models.
+        rotary: whether temporal attention turns queries and keys by time.
     """
     clips = []
     for clip in video:  # each clip alone: nothing can leak between them
         with ExitStack() as stack:
-            _place(stack, blocks, len(clip), weights, attention, placement, layers, heads, like or {}, batch_dim)
+            _place(
+                stack, blocks, len(clip), weights, attention, placement, layers, heads, like or {}, batch_dim, rotary
+            )
             clips.append(call(image_model, clip))
     if isinstance(clips[0], tuple):
         return tuple(torch.stack([output.mean(0) for output in outputs]) for outputs in zip(*clips, strict=True))
@@ -125,6 +142,7 @@ def _place(
     heads: int,
     like: dict[str, Any],
     batch_dim: int,
+    rotary: bool,
 ) -> None:
     embedding = weights.get("embedding.weight")
 
@@ -142,7 +160,7 @@ def _place(
 
     if placement == "append":
         count = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        appended = [TemporalLayer(weights, f"blocks.{i}.", like, heads, attention) for i in range(count)]
+        appended = [TemporalLayer(weights, f"blocks.{i}.", like, heads, attention, rotary) for i in range(count)]
 
         def append(tokens: Tensor) -> Tensor:
             tokens = embed(tokens)
@@ -155,7 +173,7 @@ def _place(
     first = min(layers)
     if placement == "interleave":
         for index in layers:
-            layer = TemporalLayer(weights, f"residuals.{index}.", like, heads, attention)
+            layer = TemporalLayer(weights, f"residuals.{index}.", like, heads, attention, rotary)
 
             def interleave(tokens: Tensor, index: int = index, layer: TemporalLayer = layer) -> Tensor:
                 return layer(embed(tokens) if index == first else tokens)
@@ -164,7 +182,7 @@ def _place(
         return
     stack.enter_context(_input_of(blocks[first], lambda x: on_tokens(embed, x)))
     for index in layers:
-        stack.enter_context(_attends_over_the_clip(blocks[index], attention))
+        stack.enter_context(_attends_over_the_clip(blocks[index], attention, rotary))
 
 
 @contextmanager
@@ -192,7 +210,7 @@ def _output_of(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterat
 
 
 @contextmanager
-def _attends_over_the_clip(block: nn.Module, name: str) -> Iterator[None]:
+def _attends_over_the_clip(block: nn.Module, name: str, rotary: bool) -> Iterator[None]:
     """While the block runs, torch's attention over the tokens of each frame is attention over all of them, by loops."""
 
     def over_the_clip(
@@ -204,6 +222,7 @@ def _attends_over_the_clip(block: nn.Module, name: str) -> Iterator[None]:
             shared = head * key.shape[1] // heads  # the head of keys and values, if queries share them
             q = query[:, head].reshape(frames * tokens, -1)
             k, v = (x[:, shared].reshape(frames * tokens, -1) for x in (key, value))
+            q, k = (turn(q, frames), turn(k, frames)) if rotary else (q, k)
             outputs.append(attention(q, k, v, mask, scale).reshape(frames, tokens, -1))
         return torch.stack(outputs, dim=1)
 

@@ -21,10 +21,12 @@ def like(name: str, model: nn.Module) -> dict[str, nn.Module]:
     return {key: attrgetter(path)(blocks(name, model)[-1]) for key, path in CASES[name].like.items()}
 
 
-@pytest.mark.parametrize("attention", ["kmt", "kmct"])
+@pytest.mark.parametrize(("attention", "embedding"), [("kmt", True), ("kmct", "rotary")], ids=["kmt", "kmct-rotary"])
 @pytest.mark.parametrize("placement", ["append", "interleave", "replace"])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_those_of_the_plain_implementation(name: str, placement: str, attention: str) -> None:
+def test_outputs_and_gradients_are_those_of_the_plain_implementation(
+    name: str, placement: str, attention: str, embedding: Any
+) -> None:
     if placement == "replace" and not CASES[name].replace:
         with pytest.raises(TypeError, match="placement='replace' cannot serve"):
             patch_vit(image_model(name), placement=placement, family=CASES[name].family)
@@ -39,6 +41,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_implementation(name: str, 
         frames=FRAMES,
         layers=LAYERS[placement],
         init="random",
+        temporal_embedding=embedding,
         family=CASES[name].family,
     )
     stir(model)
@@ -57,6 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_implementation(name: str, 
         heads=CASES[name].heads,
         like=like(name, image),
         batch_dim=int(CASES[name].sequence_first),
+        rotary=embedding == "rotary",
     )
     actual = encode(name, model, video)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-9, 1e-10)
