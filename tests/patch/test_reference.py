@@ -63,7 +63,8 @@ def test_outputs_and_gradients_are_those_of_the_plain_implementation(
         rotary=embedding == "rotary",
     )
     actual = encode(name, model, video)
-    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-9, 1e-10)
+    # some models compute their positions in float32 in any case
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-7, 1e-8)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
     sum(output.square().sum() for output in expected).backward()
