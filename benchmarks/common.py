@@ -29,6 +29,7 @@ __all__ = [
     "interleaved",
     "peak_memory",
     "provenance",
+    "resident_memory",
     "save",
     "synchronize",
     "table",
@@ -253,6 +254,16 @@ def _measure(
         sender.send(max(0, peak))
     except Exception as error:
         sender.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def resident_memory(device: torch.device) -> int | None:
+    """Bytes that this process holds now, or on CUDA the allocator; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return _bytes_of("/proc/self/status", "VmRSS")
+    except OSError:
+        return None
 
 
 def _bytes_of(file: str, field: str) -> int:

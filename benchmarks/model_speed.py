@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from kronmask import patch_vit
 
-__all__ = ["MODELS", "Encoder", "Entry", "build", "flops", "logits_of", "main"]
+__all__ = ["MODELS", "Encoder", "Entry", "build", "flops", "image_model", "logits_of", "main"]
 
 PASSES = ("forward", "forward+backward")
 REFERENCE = "frame_average"
@@ -95,7 +95,8 @@ class XCLIPVideo(nn.Module):
         return self.classes(F.normalize(self.model.get_video_features(video).pooler_output, dim=-1))
 
 
-def _image_model(encoder: Encoder) -> nn.Module:
+def image_model(encoder: Encoder) -> nn.Module:
+    """The image model that all of ours are made of, with random weights."""
     import timm
 
     sizes: dict[str, Any] = {"embed_dim": encoder.width, "depth": encoder.depth, "num_heads": encoder.heads}
@@ -106,7 +107,7 @@ def _image_model(encoder: Encoder) -> nn.Module:
 def _patched(attention: str, placement: str) -> Callable[[Encoder, int], nn.Module]:
     def make(encoder: Encoder, frames: int) -> nn.Module:
         # random weights: multiplying by the zeros of the default takes a GPU less power than training does
-        model = _image_model(encoder)
+        model = image_model(encoder)
         return patch_vit(model, frames=frames, attention=attention, placement=placement, init="random")
 
     return make
@@ -150,7 +151,7 @@ _XCLIP = "video side only: vision encoder, multi-frame transformer, fixed class 
 _TUBELETS = "tubelets of 2 frames: half the tokens of the others"
 
 MODELS = {
-    REFERENCE: Entry("frame average", "spatial", "", lambda encoder, _: FrameAverage(_image_model(encoder)), _FLOOR),
+    REFERENCE: Entry("frame average", "spatial", "", lambda encoder, _: FrameAverage(image_model(encoder)), _FLOOR),
     "kmt": Entry("KMT (append)", "kmt", "append", _patched("kmt", "append"), _APPEND),
     "kmct": Entry("KMCT (append)", "kmct", "append", _patched("kmct", "append"), _APPEND),
     "joint": Entry("joint (append)", "joint", "append", _patched("joint", "append"), _APPEND),
