@@ -153,15 +153,16 @@ def _kernels() -> str:
 
 
 def _families() -> str:
-    """What the suite has seen to hold, a row for each family and a letter for each placement."""
+    """What the suite has seen to hold, a letter for each placement; families of which the same holds share a row."""
     stored = _stored("zoo")
     columns = [column for column in stored["rows"][0] if column not in ("family", "placement")]
-    lines = []
+    alike: dict[tuple[str, ...], list[str]] = {}
     for family in dict.fromkeys(row["family"] for row in stored["rows"]):
         rows = [row for row in stored["rows"] if row["family"] == family]
         letters = [{"yes": row["placement"][0], "refused": "·"} for row in rows]
-        cells = ([of.get(row[c], "no") for of, row in zip(letters, rows, strict=True)] for c in columns)
-        lines.append([family, *map(" ".join, cells)])
+        cells = tuple(" ".join(of.get(row[c], "no") for of, row in zip(letters, rows, strict=True)) for c in columns)
+        alike.setdefault(cells, []).append(family)
+    lines = [["; ".join(families), *cells] for cells, families in alike.items()]
     plain = sum(len(kind["models"]) for kind in stored["timm"])
     refused = sum(map(len, stored["refused"].values()))
     told = (

@@ -13,7 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from kronmask import masks
-from kronmask.nn import KronAttention, MaskRule, QuickGELU, TemporalBlock, TemporalEmbedding, TemporalResidual
+from kronmask.nn import (
+    KronAttention,
+    MaskRule,
+    QuickGELU,
+    TemporalBlock,
+    TemporalEmbedding,
+    TemporalResidual,
+    rotate_by_time,
+)
 
 FRAMES, TOKENS, DIM = 3, 5, 12
 
@@ -175,3 +183,46 @@ def test_a_float64_block_passes_gradcheck() -> None:
 def test_the_repr_names_the_mask() -> None:
     assert "attention=kmct" in repr(TemporalBlock(DIM, 3, "kmct"))
     assert "frames=8" in repr(TemporalEmbedding(DIM, 8))
+
+
+# ---- rotary time ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**20), st.integers(2, 9), st.integers(0, 2))
+def test_scores_depend_on_the_distance_in_time_alone(later: int, head_dim: int, prefix: int) -> None:
+    query, key = torch.randn(2, 1, 2, prefix + FRAMES * TOKENS, head_dim, generator=torch.Generator().manual_seed(3))
+    times = torch.arange(FRAMES)
+
+    def scores(times: torch.Tensor) -> torch.Tensor:
+        q, k = (rotate_by_time(x, times, TOKENS, prefix)[:, :, prefix:] for x in (query, key))
+        return q @ k.transpose(-1, -2)
+
+    torch.testing.assert_close(scores(times + later), scores(times), rtol=1e-5, atol=1e-5)
+    within = (scores(times) - (query @ key.transpose(-1, -2))[:, :, prefix:, prefix:]).unflatten(2, (FRAMES, TOKENS))
+    for frame in range(FRAMES):  # tokens of one frame see each other as without it
+        own = within[:, :, frame, :, frame * TOKENS : (frame + 1) * TOKENS]
+        torch.testing.assert_close(own, torch.zeros_like(own), rtol=0, atol=1e-5)
+    far = within[:, :, 0, :, TOKENS:]
+    assert far.abs().max() > 0.1
+
+
+def test_rotation_keeps_lengths_dtype_prefix_and_an_odd_channel() -> None:
+    x = torch.randn(2, 3, 4 + FRAMES * TOKENS, 7)
+    turned = rotate_by_time(x, torch.tensor([5, 1, 9]), TOKENS, 4)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, :, :4], x[:, :, :4])
+    assert torch.equal(turned[..., 6], x[..., 6])
+    assert rotate_by_time(x.bfloat16(), torch.arange(FRAMES), TOKENS, 4).dtype == torch.bfloat16
+    each = torch.stack([rotate_by_time(x[i : i + 1], times, TOKENS, 4)[0] for i, times in enumerate(torch.eye(2, 3))])
+    torch.testing.assert_close(rotate_by_time(x, torch.eye(2, 3), TOKENS, 4), each)
+
+
+def test_rotary_attention_knows_the_order_of_frames_and_has_no_parameters() -> None:
+    plain, rotary = (KronAttention(DIM, 3, "joint", rotary=r) for r in (False, True))
+    rotary.load_state_dict(plain.state_dict())
+    x = clip().unflatten(1, (FRAMES, TOKENS))
+    for layer, blind in ((plain, True), (rotary, False)):
+        forth = layer(x.flatten(1, 2), FRAMES, TOKENS).unflatten(1, (FRAMES, TOKENS))
+        back = layer(x.flip(1).flatten(1, 2), FRAMES, TOKENS).unflatten(1, (FRAMES, TOKENS)).flip(1)
+        assert torch.allclose(forth, back, atol=1e-5) == blind
+    assert "rotary=True" in repr(rotary)

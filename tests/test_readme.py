@@ -10,6 +10,7 @@ import attn_speed
 import claver_k400
 import model_speed
 import pytest
+import stream_speed
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_every_result_says_where_it_comes_from(path):
     assert stored["command"].startswith("python ")
 
 
-@pytest.mark.parametrize("module", [accuracy, attn_speed, model_speed])
+@pytest.mark.parametrize("module", [accuracy, attn_speed, model_speed, stream_speed])
 def test_the_benchmarks_take_quick(module, capsys):
     assert f"benchmarks/{module.__name__}.py" in PAGES["benchmarks"]
     with pytest.raises(SystemExit):

@@ -76,6 +76,18 @@ def test_zero_init_is_the_image_model_averaged_over_frames(name: str, placement:
     assert differ(encode(name, stir(model), video), expected)
 
 
+@FAMILIES
+@PLACEMENT
+def test_rotary_time_adds_no_parameter_and_starts_as_the_image_model(name: str, placement: str) -> None:
+    image, video = image_model(name), clips(name)
+    options = {"attention": "spatial"} if placement == "replace" else {}
+    model = patch(name, placement=placement, temporal_embedding="rotary", **options)
+    assert not any("embedding" in key for key in temporal_parameters(model))
+    assert_same(encode(name, model, video), averaged(name, image, video), rtol=1e-4, atol=1e-5)
+    longer = clips(name, 11)
+    assert_same(encode(name, model, longer), averaged(name, image, longer), rtol=1e-4, atol=1e-5)
+
+
 @REPLACEABLE
 def test_replace_under_the_spatial_mask_is_the_image_model_averaged_over_frames(name: str) -> None:
     model, video = image_model(name), clips(name)
@@ -565,6 +577,8 @@ def test_parameter_groups_hold_each_trainable_parameter_once(name: str, placemen
         ({"attention": 3}, "name, a KronMask or a callable"),
         ({"frames": 0}, "frames must be"),
         ({"frames": 2.0}, "frames must be"),
+        ({"temporal_embedding": "rotari"}, "did you mean 'rotary'"),
+        ({"temporal_embedding": 1}, "temporal_embedding must be one of True, False, 'rotary', not 1"),
         ({"layers": 0}, "number of temporal blocks"),
         ({"layers": [0, 1]}, "number of temporal blocks"),
         ({"layers": 4, "init": "copy"}, "3 image blocks to copy from"),

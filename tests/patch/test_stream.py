@@ -28,6 +28,7 @@ MASKS: dict[str, Any] = {
     "kmct-window": partial(masks.kmct, window=3),
     "causal-window-sink": partial(masks.causal, window=2, sink=2),
     "kmct-window-sink": partial(masks.kmct, window=3, sink=1),
+    "window-strided": lambda f, t: masks.causal(f, t, window=5) & masks.dilated(f, t, stride=2) | masks.spatial(f, t),
     "strided": lambda frames, tokens: masks.causal(frames, tokens) & masks.dilated(frames, tokens, stride=3),
 }
 WINDOWS = [name for name in MASKS if "window" in name]
