@@ -172,6 +172,21 @@ def _families() -> str:
     return _markdown(["family", *columns], lines) + told + _source("zoo", stored, "benchmarks/").lstrip("\n")
 
 
+def _lowest() -> str:
+    """The suites under the lowest supported versions."""
+    stored = _stored("lowest")
+    passed, failed, skipped = (
+        sum(row[kind] for row in stored["rows"] for kind in kinds)
+        for kinds in (("passed",), ("failure", "error"), ("skipped",))
+    )
+    names = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "accelerate")
+    versions = ", ".join(f"{name} {stored['versions'][name]}" for name in names)
+    told = (
+        f"{passed} tests passed, {failed} failed, {skipped} were skipped with a reason that the file has; {versions}.\n"
+    )
+    return told + _source("lowest", stored)
+
+
 def _prompts() -> str:
     """The blind reading of the interpretive prompts."""
     stored = _stored("prompts")
@@ -216,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": _models,
     "accuracy": _accuracy,
     "kernels": _kernels,
+    "lowest": _lowest,
 }
 
 

@@ -90,6 +90,15 @@ def test_the_benchmarks_take_quick(module, capsys):
     assert "--quick" in capsys.readouterr().out
 
 
+def test_nothing_failed_under_the_lowest_supported_versions():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "lowest.json").read_text())
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "lowest.txt").read_text(), re.M))
+    assert stored["status"] == 0
+    assert stored["failed"] == []
+    for name in ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "accelerate"):
+        assert stored["versions"][name] == pinned[name]
+
+
 def test_the_demo_is_quoted_as_it_was_measured():
     stored = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     line = next(line for line in README.splitlines() if "top-1" in line and "as a frame average" in line)
