@@ -57,14 +57,17 @@ def measure(model: Any, options: argparse.Namespace, encoder: Encoder, rows: lis
             ways: dict[str, Callable[[], Tensor]] = {
                 STREAM: lambda: stream(newest),
                 YOUNG: lambda: begun(newest),
-                SLIDING: lambda: model.forward_frames(frames[:, :window])[:, -1],
+                SLIDING: functools.partial(_newest_of_clip, model, frames[:, :window]),
             }
             if seen <= options.longest:
-                clip = newest.expand(1, seen, -1, -1, -1)
-                ways[WHOLE] = lambda clip=clip: model.forward_frames(clip)[:, -1]
+                ways[WHOLE] = functools.partial(_newest_of_clip, model, newest.expand(1, seen, -1, -1, -1))
             times = interleaved(ways, device, rounds=options.rounds, warmup=1, shortest=0)
             rows += [_row(way, seen, times, stream if way in (STREAM, YOUNG) else None, device) for way in ways]
             bar.update(stream.frames_seen[0] - bar.n)
+
+
+def _newest_of_clip(model: Any, clip: Tensor) -> Tensor:
+    return model.forward_frames(clip)[:, -1]
 
 
 def _row(

@@ -6,7 +6,7 @@ traced), so it is opaque to `torch.compile` and `torch.export` and a graph holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kronmask import backends
 from kronmask.mask import KronMask
 
-__all__ = ["attention_backend", "kron_attention", "rule_attention"]
+__all__ = ["attention_backend", "head_groups", "kron_attention", "rule_attention"]
 
 _forced: str | None = None
 
@@ -43,19 +43,19 @@ def attention_backend(backend: str) -> Iterator[None]:
 
 @overload
 def kron_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, *,
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask | Sequence[KronMask], *,
     scale: float | None = None, backend: str = "auto", return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def kron_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, *,
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask | Sequence[KronMask], *,
     scale: float | None = None, backend: str = "auto", return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def kron_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: KronMask,
+    mask: KronMask | Sequence[KronMask],
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -66,7 +66,8 @@ def kron_attention(
     Args:
         query: `(B, Hq, Lq, D)`, float32, float16 or bfloat16 (float64 in `dense`), any strides.
         key, value: `(B, Hkv, Lk, D)`, Hq a multiple of Hkv (grouped-query attention), same dtype and device.
-        mask: of shape `(Lq, Lk)`.
+        mask: of shape `(Lq, Lk)`; or several of that shape, which divide the heads into equal groups in order, each under its
+            own mask.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
             "flex" (FlexAttention), "dense" (the plain reference), or "auto".
@@ -84,10 +85,47 @@ def kron_attention(
     There is no second derivative and no forward-mode or `vmap` rule. Masks are best built outside of a compiled region.
     """
     if not isinstance(mask, KronMask):
-        raise TypeError(f"mask must be a KronMask, not {type(mask).__name__}; see kronmask.masks and kronmask.kron")
+        outputs, lses = zip(*_attend_in_groups(query, key, value, mask, scale, backend), strict=True)
+        output, lse = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (outputs, lses))
+        return (output, lse) if return_lse else output
     frames, tokens = (mask.query_frames, mask.key_frames), (mask.query_tokens, mask.key_tokens)
     output, lse = _attend(query, key, value, mask.rule, frames, tokens, mask.prefix, scale, backend)
     return (output, lse) if return_lse else output
+
+
+def _attend_in_groups(
+    query: Tensor, key: Tensor, value: Tensor, masks: Any, scale: float | None, backend: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    several = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    for mask in several:
+        if not isinstance(mask, KronMask):
+            raise TypeError(
+                f"mask must be a KronMask, or a list of them, not {type(mask).__name__}; see kronmask.masks and kronmask.kron"
+            )
+        if mask.shape != several[0].shape:
+            raise ValueError(f"the masks of groups of heads must have one shape, not {several[0]!s} and {mask!s}")
+    _check_tensors(query, key, value)
+    for mask, parts in zip(several, head_groups(query, key, value, len(several)), strict=True):
+        yield kron_attention(*parts, mask, scale=scale, backend=backend, return_lse=True)
+
+
+def head_groups(query: Tensor, key: Tensor, value: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The heads of `query (B, Hq, Lq, D)` in `count` equal groups, in order, each with its heads of `key` and `value`.
+
+    Raises:
+        ValueError: heads that do not divide into so many groups.
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    if count < 1 or heads % count or (key_heads % count and count % key_heads):
+        raise ValueError(
+            f"{heads} heads of queries and {key_heads} of keys and values do not divide into {count} equal groups, one for each "
+            "mask"
+        )
+    for group in range(count):
+        queries = query[:, group * heads // count : (group + 1) * heads // count]
+        first = group * key_heads // count
+        shared = slice(first, max(first + 1, (group + 1) * key_heads // count))  # one head may serve several groups
+        yield queries, key[:, shared], value[:, shared]
 
 
 def rule_attention(

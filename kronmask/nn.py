@@ -6,12 +6,13 @@ frame-major: token `(t, n)` sits at `P + t*N + n`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kronmask.attention import head_groups
 from kronmask.clips import Clips
 from kronmask.mask import KronMask
 from kronmask.masks import mask_rule
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Attention = str | KronMask | Callable[[int, int], KronMask]
+AttentionOrGroups = Attention | Sequence[Attention]
 
 
 class MaskRule:
@@ -37,22 +39,29 @@ class MaskRule:
     of frames; a callable has one graph for each size. To pickle a model, its callable must pickle (no lambda).
 
     Args:
-        attention: a name out of `kronmask.masks.NAMES`, a `KronMask`, or a callable `(frames, tokens) -> KronMask`.
+        attention: a name out of `kronmask.masks.NAMES`, a `KronMask`, or a callable `(frames, tokens) -> KronMask`; or a
+            sequence of these, which divide the heads into equal groups in order: then `groups` are their rules, and a layer
+            asks each of these.
 
     Raises:
-        ValueError: `attention` is an unknown name or none of the three.
+        ValueError: `attention` is an unknown name or none of the three, or an empty sequence.
     """
 
-    def __init__(self, attention: Attention) -> None:
-        self.attention = attention
+    def __init__(self, attention: AttentionOrGroups) -> None:
+        self.attention = tuple(attention) if isinstance(attention, list) else attention
+        self.groups: tuple[MaskRule, ...] = (self,)
         self._fixed: str | None = None
-        if isinstance(attention, KronMask):
+        if isinstance(attention, (list, tuple)):
+            if not attention:
+                raise ValueError("attention is an empty list; name a mask for each group of heads")
+            self.groups = tuple(MaskRule(of_group) for of_group in attention)
+        elif isinstance(attention, KronMask):
             self._fixed = mask_rule(attention, attention.num_frames, attention.num_tokens)
         elif isinstance(attention, str):
             small, large = mask_rule(attention, 8, 5), mask_rule(attention, 11, 10)
             self._fixed = small if small == large else None
         elif not callable(attention):
-            mask_rule(attention, 1, 1)  # raises, listing what it takes
+            mask_rule(attention, 1, 1)  # type: ignore[arg-type]  # raises, listing what it takes
 
     def __call__(self, frames: int, tokens: int) -> str:
         """The rule for `frames` frames of `tokens` tokens, which may be symbolic.
@@ -61,7 +70,7 @@ class MaskRule:
             ValueError: `attention` is a `KronMask` of another size.
         """
         if self._fixed is None:
-            return mask_rule(self.attention, int(frames), int(tokens))
+            return mask_rule(self.attention, int(frames), int(tokens))  # type: ignore[arg-type]
         if isinstance(self.attention, KronMask):
             fits = frames == self.attention.num_frames and tokens == self.attention.num_tokens
             if not fits:
@@ -73,7 +82,27 @@ class MaskRule:
         return self._fixed
 
     def __repr__(self) -> str:
+        if self.groups != (self,):
+            return f"[{', '.join(map(repr, self.groups))}]"
         return self.attention if isinstance(self.attention, str) else str(self.attention)
+
+
+def attend_in_groups(
+    clips: Clips,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskRule,
+    tokens: int,
+    *,
+    prefix: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """`clips.attend`, for each group of heads under its own mask."""
+    if len(mask.groups) == 1:
+        return clips.attend(query, key, value, mask.groups[0], tokens, prefix=prefix, scale=scale)
+    parts = zip(mask.groups, head_groups(query, key, value, len(mask.groups)), strict=True)
+    return torch.cat([clips.attend(*part, rule, tokens, prefix=prefix, scale=scale) for rule, part in parts], dim=1)
 
 
 class QuickGELU(nn.Module):
@@ -174,7 +203,8 @@ class KronAttention(nn.Module):
     Args:
         dim: channels D.
         num_heads: heads H.
-        attention: a name out of `kronmask.masks.NAMES`, a `KronMask`, or a callable `(frames, tokens) -> KronMask`.
+        attention: a name out of `kronmask.masks.NAMES`, a `KronMask`, or a callable `(frames, tokens) -> KronMask`; a list of
+            these divides the heads into equal groups in order, each under its own mask.
         head_dim: channels of a head, `dim // num_heads` by default.
         bias: whether the projections have biases.
         qk_norm: makes the norm of queries and of keys from `head_dim` (arXiv 2302.05442); none by default.
@@ -188,7 +218,7 @@ class KronAttention(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        attention: Attention = "kmt",
+        attention: AttentionOrGroups = "kmt",
         *,
         head_dim: int | None = None,
         bias: bool = True,
@@ -202,6 +232,10 @@ class KronAttention(nn.Module):
             head_dim = dim // num_heads
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim
         self.mask = MaskRule(attention)
+        if num_heads % len(self.mask.groups):
+            raise ValueError(
+                f"{num_heads} heads do not divide into {len(self.mask.groups)} equal groups, one for each mask"
+            )
         self.rotary = rotary
         inner = num_heads * head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * inner, dim))
@@ -244,7 +278,7 @@ class KronAttention(nn.Module):
         if self.rotary:
             times = clips.times(x.device)
             query, key = (rotate_by_time(part, times, tokens, prefix) for part in (query, key))
-        output = clips.attend(query, key, value, self.mask, tokens, prefix=prefix)
+        output = attend_in_groups(clips, query, key, value, self.mask, tokens, prefix=prefix)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -286,7 +320,7 @@ class TemporalResidual(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        attention: Attention = "kmt",
+        attention: AttentionOrGroups = "kmt",
         *,
         head_dim: int | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
@@ -322,7 +356,7 @@ class TemporalBlock(TemporalResidual):
         self,
         dim: int,
         num_heads: int,
-        attention: Attention = "kmt",
+        attention: AttentionOrGroups = "kmt",
         *,
         head_dim: int | None = None,
         hidden_dim: int | None = None,

@@ -55,9 +55,10 @@ class FrameStream:
             raise ValueError(f"length must be a number of frames of at least 1, not {length!r}")
         self.encoder: Any = encoders[0]
         self.model = model
-        mask = _mask_of(self.encoder.temporal_encoder)
-        if isinstance(mask.attention, KronMask) and not repeat:
-            length = mask.attention.num_frames if length is None else length
+        masks = _masks_of(self.encoder.temporal_encoder)
+        fixed = [mask.attention for mask in masks if isinstance(mask.attention, KronMask)]
+        if fixed and not repeat:
+            length = fixed[0].num_frames if length is None else length
         learned = any(isinstance(module, TemporalEmbedding) for module in self.encoder.temporal_encoder.children())
         if learned and length is None:
             raise ValueError(
@@ -67,10 +68,12 @@ class FrameStream:
         if repeat and length is None:
             raise ValueError("repeat=True goes on beyond a length; pass length=, or leave repeat out")
         self.length, self.repeat = length, repeat
-        self._frames = _StreamedFrames(mask, None if repeat else length, length)
-        if isinstance(mask.attention, (str, KronMask)):  # a function may need to know the tokens of a frame
-            tokens = mask.attention.num_tokens if isinstance(mask.attention, KronMask) else 4
-            _Memory.of(mask, self._frames.end, tokens)
+        self._frames = _StreamedFrames(None if repeat else length, length)
+        for mask in masks:
+            if isinstance(mask.attention, (str, KronMask)):  # a function may need to know the tokens of a frame
+                _Memory.of(
+                    mask, self._frames.end, mask.attention.num_tokens if isinstance(mask.attention, KronMask) else 4
+                )
         self._compiled: Callable[..., Any] | None = None
 
     @torch.no_grad()
@@ -158,17 +161,17 @@ class FrameStream:
         Raises:
             ValueError: a state that does not fit this stream, which is then as it was.
         """
-        self._frames.load_state_dict(state, next(self.encoder.parameters()).device)
+        masks = _masks_of(self.encoder.temporal_encoder)
+        self._frames.load_state_dict(state, masks, next(self.encoder.parameters()).device)
 
     def __repr__(self) -> str:
         return f"FrameStream({type(self.model).__name__}, length={self.length}, frames_seen={self.frames_seen})"
 
 
-def _mask_of(temporal: Any) -> MaskRule:
+def _masks_of(temporal: Any) -> list[MaskRule]:
+    """The masks of all temporal layers, of all groups of heads."""
     rules = [module.mask for module in temporal.modules() if isinstance(getattr(module, "mask", None), MaskRule)]
-    if any(rule.attention is not rules[0].attention and rule.attention != rules[0].attention for rule in rules):
-        raise ValueError("the temporal layers of this model have different masks, of which a stream takes one")
-    return rules[0]
+    return [group for rule in rules for group in rule.groups]
 
 
 # ---- what a mask makes a stream remember ----------------------------------------------------------------------------
@@ -231,8 +234,9 @@ def _memory(attention: Attention, end: int | None, tokens: int) -> _Memory:
         frames, shorter = 2 * frames, longer
     if end is None:
         raise ValueError(
-            f"under attention {rule!r} a frame sees more than {LONGEST_PROBE // 2} frames, so a stream without an end would keep "
-            "ever more; give the mask a window, as functools.partial(masks.kmct, window=8), or the stream a length="
+            f"under attention {rule!r} frames see more than {LONGEST_PROBE // 2} frames, or each another number, so a stream "
+            "without an end would keep ever more; give the mask a window, as functools.partial(masks.kmct, window=8), or the "
+            "stream a length="
         )
     return _bounded(mask(end))
 
@@ -277,8 +281,10 @@ def _is_periodic(mask: KronMask, sink: int, ring: int) -> bool:
 
 @dataclass
 class _Layer:
-    """Keys and values `(B, H, sink + ring, N, D)` of one temporal attention."""
+    """One temporal attention of one group of heads: its mask, and keys and values `(B, H, sink + ring, N, D)`."""
 
+    mask: MaskRule
+    memory: _Memory
     key: Tensor
     value: Tensor
 
@@ -310,7 +316,7 @@ class _Survey(Clips):
 
 @dataclass
 class _Group:
-    """Streams that have seen equally much, as far as the mask can tell.
+    """Streams that have seen equally much, as far as a mask can tell.
 
     Attributes:
         rows: their numbers in the batch; None for all of it.
@@ -323,6 +329,23 @@ class _Group:
     order: Tensor
 
 
+@dataclass
+class _Step:
+    """What layers of one memory do with the next frames.
+
+    Attributes:
+        groups: the streams, as they attend.
+        sinks: (stream, new frame, slot) of each new frame that is kept for good.
+        new: the new frames that are kept in the ring, `(kept,)` int64.
+        slots: and where, `(kept,)` int64.
+    """
+
+    groups: list[_Group]
+    sinks: list[tuple[int, int, int]]
+    new: Tensor
+    slots: Tensor
+
+
 class _StreamedFrames(Clips):
     """The new frames of streams: they attend to those that are kept, and are kept themselves.
 
@@ -330,37 +353,34 @@ class _StreamedFrames(Clips):
     began later has fewer of the ring's frames.
 
     Args:
-        mask: of the temporal layers.
         end: number of frames after which the streams end, if they do.
         length: number of frames that the learned embedding is laid out over.
     """
 
-    def __init__(self, mask: MaskRule, end: int | None, length: int | None) -> None:
+    def __init__(self, end: int | None, length: int | None) -> None:
         super().__init__(1)
-        self.mask, self.end, self.length = mask, end, length
+        self.end, self.length = end, length
         self.clear()
 
     def clear(self) -> None:
         self.layers: list[_Layer] = []
-        self.image: Any = None  # shape, dtype and device of a frame
-        self.memory: _Memory | None = None
+        self.image: str | None = None  # what all frames have in common
         self.seen: list[int] = []
         self.written = 0
         self.is_steady = False
         self.is_torn = False  # some layers have kept the frames of a step that has failed, and some have not
         self.next_layer = 0
-        self._groups: list[_Group] = []
+        self._steps: dict[_Memory, _Step] = {}
         self._fixed: dict[Any, Tensor] = {}  # at one address for as long as their size is the same
-        self._rules: dict[tuple[int, int], str] = {}
+        self._rules: dict[tuple[_Memory, int, int], str] = {}
 
     def lay_out(self, layers: list[tuple[MaskRule, int, Tensor, Tensor]], frames: Tensor) -> None:
         """Allocate what temporal attentions keep, given the keys and values of one of `frames (B, t, ...)`."""
-        mask, tokens, *_ = layers[0]
-        self.memory = _Memory.of(mask, self.end, tokens)
-        slots = self.memory.sink + self.memory.ring
-        for _, tokens, key, value in layers:
+        for mask, tokens, key, value in layers:
+            memory = _Memory.of(mask, self.end, tokens)
+            slots = memory.sink + memory.ring
             buffers = (x.new_zeros(*x.shape[:2], slots, tokens, x.shape[3]) for x in (key, value))
-            self.layers.append(_Layer(*buffers))
+            self.layers.append(_Layer(mask, memory, *buffers))
         self.image, self.seen = _kind(frames), [0] * frames.shape[0]
 
     def fits(self, frames: Tensor) -> bool:
@@ -369,8 +389,7 @@ class _StreamedFrames(Clips):
 
     def begin(self, frames: Tensor) -> None:
         """Make ready for the next `frames (B, t, ...)`; raises before anything has changed."""
-        memory, new = self.memory, frames.shape[1]
-        assert memory is not None
+        new, device = frames.shape[1], frames.device
         if self.is_torn:
             raise RuntimeError(
                 "the call before has failed halfway; reset() the stream, or load_state_dict() what it was"
@@ -385,34 +404,39 @@ class _StreamedFrames(Clips):
                 f"the stream ends after {self.end} frames and has seen {max(self.seen)}, so it cannot take {new} more; reset() "
                 "it, or give it another length= (or repeat=True)"
             )
-        device, full = frames.device, memory.sink + memory.ring
+        self._steps = {layer.memory: self._step(layer, new, device) for layer in _one_of_each_memory(self.layers)}
+        self.is_steady = all(memory.endless and min(self.seen) >= memory.sink + memory.ring for memory in self._steps)
+        length = None if self.end is not None else self.length
+        times = [[*range(seen, seen + new)] for seen in self.seen]
+        self._at("times", times, device)
+        self._at("embedded", [[t if length is None else t % length for t in row] for row in times], device)
+        self.frames = new
+
+    def _step(self, layer: _Layer, new: int, device: torch.device) -> _Step:
+        memory = layer.memory
+        full = memory.sink + memory.ring
         kinds = [min(seen, full) if memory.endless else seen for seen in self.seen]
-        self._groups = []
+        groups = []
         for kind in dict.fromkeys(kinds):
             rows = [row for row, other in enumerate(kinds) if other == kind]
-            if (kind, new) not in self._rules:
-                self._rules[kind, new] = memory.step(self.mask, kind, new).rule
+            if (memory, kind, new) not in self._rules:
+                self._rules[memory, kind, new] = memory.step(layer.mask, kind, new).rule
             sinks = min(kind, memory.sink)
             ring = [
                 memory.sink + (self.written - i) % memory.ring for i in range(len(memory.kept(kind)) - sinks, 0, -1)
             ]
             every = len(rows) == len(kinds)
-            order = self._at(("order", None if every else kind), [*range(sinks), *ring], device)
-            self._groups.append(
-                _Group(None if every else torch.tensor(rows, device=device), self._rules[kind, new], order)
+            order = self._at((memory, "order", None if every else kind), [*range(sinks), *ring], device)
+            groups.append(
+                _Group(None if every else torch.tensor(rows, device=device), self._rules[memory, kind, new], order)
             )
-        self.is_steady = memory.endless and min(kinds) == full
-        length = None if self.end is not None else self.length
-        times = [[time if length is None else time % length for time in range(seen, seen + new)] for seen in self.seen]
-        self._at("embedded", times, device)
-        self._at("times", [[*range(seen, seen + new)] for seen in self.seen], device)
         last = range(max(0, new - memory.ring), new)
-        self._at("new", [*last], device)
-        self._at("slots", [memory.sink + (self.written + i) % memory.ring for i in last], device)
-        self._sinks = [
-            (row, i, seen + i) for row, seen in enumerate(self.seen) for i in range(min(new, memory.sink - seen))
-        ]
-        self.frames = new
+        return _Step(
+            groups,
+            [(row, i, seen + i) for row, seen in enumerate(self.seen) for i in range(min(new, memory.sink - seen))],
+            self._at((memory, "new"), [*last], device),
+            self._at((memory, "slots"), [memory.sink + (self.written + i) % memory.ring for i in last], device),
+        )
 
     def end_step(self) -> None:
         self.seen = [seen + self.frames for seen in self.seen]
@@ -452,6 +476,7 @@ class _StreamedFrames(Clips):
     ) -> Tensor:
         layer = self.layers[self.next_layer]
         self.next_layer += 1
+        step = self._steps[layer.memory]
         new_key, new_value = (x.unflatten(2, (self.frames, tokens)) for x in (key, value))
         for kept, new in ((layer.key, new_key), (layer.value, new_value)):
             if kept.shape[:2] != new.shape[:2] or kept.shape[3:] != new.shape[3:]:
@@ -466,29 +491,27 @@ class _StreamedFrames(Clips):
                     kept, new = kept[group.rows], new[group.rows]
                 return torch.cat([kept.index_select(2, group.order), new], 2).flatten(2, 3)
 
-            frames = (self.frames, group.order.shape[0] + self.frames)
-            queries = query if group.rows is None else query[group.rows]
             return rule_attention(
-                queries,
+                query if group.rows is None else query[group.rows],
                 all_of(layer.key, new_key),
                 all_of(layer.value, new_value),
                 group.rule,
-                frames=frames,
+                frames=(self.frames, group.order.shape[0] + self.frames),
                 tokens=tokens,
                 scale=scale,
             )
 
-        if self._groups[0].rows is None:
-            output = attend(self._groups[0])
+        if step.groups[0].rows is None:
+            output = attend(step.groups[0])
         else:
             output = torch.empty_like(query)
-            for group in self._groups:
+            for group in step.groups:
                 output[group.rows] = attend(group)
         self.is_torn = True
         for kept, new in ((layer.key, new_key), (layer.value, new_value)):
-            for row, frame, slot in self._sinks:
+            for row, frame, slot in step.sinks:
                 kept[row, :, slot] = new[row, :, frame]
-            kept.index_copy_(2, self._fixed["slots"], new.index_select(2, self._fixed["new"]))
+            kept.index_copy_(2, step.slots, new.index_select(2, step.new))
         return output
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -497,25 +520,29 @@ class _StreamedFrames(Clips):
         kept = {f"{name}.{i}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("key", "value")}
         return {"seen": torch.tensor(self.seen), "written": torch.tensor(self.written), "image": self.image} | kept
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any], masks: list[MaskRule], device: torch.device) -> None:
         count = (len(state) - 3) // 2
         names = {"seen", "written", "image"} | {f"{name}.{i}" for i in range(count) for name in ("key", "value")}
         if set(state) != names or not count:
             raise ValueError(f"not the state of a stream: it has {sorted(map(str, state))}")
-        layers = [
-            _Layer(state[f"key.{i}"].to(device, copy=True), state[f"value.{i}"].to(device, copy=True))
-            for i in range(count)
-        ]
-        batch, _, slots, tokens, _ = layers[0].key.shape
-        memory = _Memory.of(self.mask, self.end, tokens)
-        if slots != memory.sink + memory.ring or batch != len(state["seen"]):
-            raise ValueError(
-                f"the state is of {batch} streams that keep {slots} frames, but this stream's mask keeps "
-                f"{memory.sink + memory.ring}; the models have different masks, or the streams different lengths"
-            )
+        layers = []
+        for i in range(count):
+            key, value = (state[f"{name}.{i}"].to(device, copy=True) for name in ("key", "value"))
+            mask = masks[i % len(masks)]
+            memory = _Memory.of(mask, self.end, key.shape[3])
+            if key.shape[2] != memory.sink + memory.ring or len(key) != len(state["seen"]):
+                raise ValueError(
+                    f"the state is of {len(key)} streams that keep {key.shape[2]} frames, but this stream's mask keeps "
+                    f"{memory.sink + memory.ring}; the models have different masks, or the streams different lengths"
+                )
+            layers.append(_Layer(mask, memory, key, value))
         self.clear()
-        self.layers, self.memory, self.image = layers, memory, state["image"]
+        self.layers, self.image = layers, state["image"]
         self.seen, self.written = state["seen"].tolist(), int(state["written"])
+
+
+def _one_of_each_memory(layers: list[_Layer]) -> list[_Layer]:
+    return list({layer.memory: layer for layer in layers}.values())
 
 
 def _kind(frames: Tensor) -> str:

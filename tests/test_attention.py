@@ -223,7 +223,7 @@ def bad(change):
         ({"key": torch.randn(2, 4, 1576, 16).half()}, TypeError, "query is torch.float32 but key is torch.float16"),
         ({"query": torch.ones(2, 4, 1576, 16).long()}, TypeError, "query is torch.int64"),
         ({"key": torch.randn(2, 4, 1576, 16, device="meta")}, ValueError, "query is on cpu but key is on meta"),
-        ({"mask": torch.ones(1576, 1576).bool()}, TypeError, "mask must be a KronMask, not Tensor"),
+        ({"mask": torch.ones(1576, 1576).bool()}, TypeError, "a list of them, not Tensor"),
         ({"backend": "triton9"}, ValueError, "unknown backend 'triton9'"),
         ({"mask": masks.kmt(8, 197, prefix=1)}, ValueError, r"1 prefix tokens \+ frames \* tokens"),
     ],

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from kronmask.nn import Attention, TemporalEmbedding
+from kronmask.nn import AttentionOrGroups, TemporalEmbedding
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
 from kronmask.patch.temporal import TemporalEncoder
@@ -43,7 +43,7 @@ def patch_vit(
     model: Model,
     *,
     frames: int = 8,
-    attention: Attention = "kmt",
+    attention: AttentionOrGroups = "kmt",
     placement: str = "append",
     layers: int | Sequence[int] | None = None,
     init: str = "zero",
@@ -68,7 +68,8 @@ def patch_vit(
             the patches of a frame: its blocks ignore the padding, temporal attention does not.)
         frames: number of frames the temporal embedding is learned for; it is interpolated for other clips.
         attention: the mask: a name out of `kronmask.masks.NAMES`, a `KronMask` (then all clips have its size), or a
-            callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers.
+            callable `(frames, tokens) -> KronMask`. `tokens` counts a frame's class token and registers. A list of these,
+            `["kmct", "axial"]`, divides the heads of each temporal attention into equal groups, each under its own mask.
         placement: "append" adds `layers` blocks over all T*N tokens after the image blocks (CLAVER, ICLR 2025, arXiv
             2502.03549); "interleave" adds an attention residual in front of image blocks (TimeSformer, arXiv
             2102.05095); "replace" runs the attention of image blocks over all T*N tokens under the mask, everything else

@@ -8,7 +8,7 @@ from typing import Any
 
 from kronmask.mask import KronMask
 from kronmask.masks import did_you_mean
-from kronmask.nn import Attention, MaskRule
+from kronmask.nn import AttentionOrGroups, MaskRule
 
 __all__ = ["EMBEDDINGS", "INITS", "PLACEMENTS", "Settings"]
 
@@ -22,7 +22,7 @@ class Settings:
     """The checked arguments of `patch_vit`."""
 
     frames: int
-    attention: Attention
+    attention: AttentionOrGroups
     placement: str
     layers: int | Sequence[int] | None
     init: str
@@ -41,8 +41,9 @@ class Settings:
         if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1:
             raise ValueError(f"frames must be an int of at least 1, not {self.frames!r}")
         rule = MaskRule(self.attention)  # raises ValueError
-        if isinstance(self.attention, KronMask):
-            rule(self.frames, self.attention.num_tokens)  # raises ValueError for another number of frames
+        for group in rule.groups:
+            if isinstance(group.attention, KronMask):
+                group(self.frames, group.attention.num_tokens)  # raises ValueError for another number of frames
 
     def appended(self, depth: int) -> int:
         """How many temporal blocks `placement="append"` adds to an encoder of `depth` blocks."""

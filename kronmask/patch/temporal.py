@@ -282,7 +282,15 @@ def build_temporal_encoder(
         return TemporalEncoder(depth, embedding, blocks=appended)
     indices = settings.selected(depth)
     if settings.placement == "replace":
-        return TemporalEncoder(depth, embedding, replaced=indices, mask=MaskRule(settings.attention), rotary=rotary)
+        mask = MaskRule(settings.attention)
+        for index in indices:
+            heads = BlockSizes.of(blocks[index]).num_heads
+            if heads % len(mask.groups):
+                raise ValueError(
+                    f"the {heads} heads of image block {index} do not divide into {len(mask.groups)} equal groups, one for each "
+                    "mask"
+                )
+        return TemporalEncoder(depth, embedding, replaced=indices, mask=mask, rotary=rotary)
     count = len(indices)
     residuals = {i: _temporal_layer(TemporalResidual, settings, blocks[i], count, sequence_first) for i in indices}
     return TemporalEncoder(depth, embedding, residuals=residuals)

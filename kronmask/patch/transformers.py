@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kronmask.clips import Clips
 from kronmask.mask import KronMask
-from kronmask.nn import Attention
+from kronmask.nn import AttentionOrGroups
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
 from kronmask.patch.temporal import heads_module
@@ -69,10 +69,8 @@ class HuggingFaceEncoder(VideoEncoder):
     def _on_patch(self, model: Any, settings: Settings) -> None:
         """Write the settings into the configuration that `save_pretrained` stores."""
         attention: Any = settings.attention
-        if isinstance(attention, KronMask):
-            attention = {"rule": attention.rule, "frames": attention.num_frames, "tokens": attention.num_tokens}
-        elif not isinstance(attention, str):
-            attention = None  # a function has no place in a configuration; from_pretrained asks for it
+        several = isinstance(attention, (list, tuple))
+        attention = [_storable(mask) for mask in attention] if several else _storable(attention)
         layers = settings.layers
         layers = layers if layers is None or isinstance(layers, int) else list(layers)
         stored = vars(settings) | {"attention": attention, "layers": layers}
@@ -228,7 +226,9 @@ def _cannot_copy(encoder: Any, block: Any) -> str | None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(model_class: type[Any], path: Any, *, attention: Attention | None = None, **kwargs: Any) -> Any:
+def from_pretrained(
+    model_class: type[Any], path: Any, *, attention: AttentionOrGroups | None = None, **kwargs: Any
+) -> Any:
     """Load a patched model that `save_pretrained` has written, patched as it was.
 
     Args:
@@ -268,8 +268,18 @@ def from_pretrained(model_class: type[Any], path: Any, *, attention: Attention |
     return patching.from_pretrained(path, **kwargs)
 
 
-def _stored_mask(stored: Any) -> Attention | None:
-    """The mask that a configuration holds: a name, the rule of a `KronMask`, or None for a function."""
+def _storable(attention: Any) -> Any:
+    """A mask as a configuration can hold it: None for a function, which `from_pretrained` asks for."""
+    if isinstance(attention, KronMask):
+        return {"rule": attention.rule, "frames": attention.num_frames, "tokens": attention.num_tokens}
+    return attention if isinstance(attention, str) else None
+
+
+def _stored_mask(stored: Any) -> AttentionOrGroups | None:
+    """The mask that a configuration holds: a name, the rule of a `KronMask`, a list of these, or None for a function."""
+    if isinstance(stored, list):
+        found: list[Any] = [_stored_mask(mask) for mask in stored]
+        return None if None in found else found
     if not isinstance(stored, dict):
         return stored
     frames, tokens = stored["frames"], stored["tokens"]

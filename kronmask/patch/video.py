@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from kronmask.clips import Clips
-from kronmask.nn import MaskRule, rotate_by_time
+from kronmask.nn import MaskRule, attend_in_groups, rotate_by_time
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
 from kronmask.patch.temporal import Place, TemporalEncoder, build_temporal_encoder
@@ -260,7 +260,8 @@ class ClipAttention(TorchFunctionMode):
             times = clips.times(query.device)
             query, key = (rotate_by_time(part, times, tokens) for part in (query, key))
         outputs = [  # values may be a multiple as wide as queries (differential attention)
-            clips.attend(query, key, part, self.mask, tokens, scale=scale) for part in value.split(head_dim, dim=-1)
+            attend_in_groups(clips, query, key, part, self.mask, tokens, scale=scale)
+            for part in value.split(head_dim, dim=-1)
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output.unflatten(2, (clips.frames, tokens)).transpose(1, 2).flatten(0, 1)

@@ -27,6 +27,11 @@ MASKS: dict[str, Callable[[int, int, int, int], bool]] = {
 """Whether token n of frame t sees token m of frame s."""
 
 
+def of_head(attention: str | Sequence[str], head: int, heads: int) -> str:
+    """The mask of a head: names of masks divide the heads into equal groups, in order."""
+    return attention if isinstance(attention, str) else attention[head // (heads // len(attention))]
+
+
 def dense_mask(name: str, frames: int, tokens: int) -> Tensor:
     """The mask as a matrix over the `frames * tokens` tokens of a clip, entry by entry."""
     places = [(t, n) for t in range(frames) for n in range(tokens)]
@@ -60,7 +65,13 @@ class TemporalLayer:
     """A pre-norm residual of attention over a whole clip, and of an MLP where the weights have one."""
 
     def __init__(
-        self, weights: dict[str, Tensor], prefix: str, like: dict[str, Any], heads: int, attention: str, rotary: bool
+        self,
+        weights: dict[str, Tensor],
+        prefix: str,
+        like: dict[str, Any],
+        heads: int,
+        attention: str | Sequence[str],
+        rotary: bool,
     ) -> None:
         self.weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         self.like, self.heads, self.attention, self.rotary = like, heads, attention, rotary
@@ -75,12 +86,13 @@ class TemporalLayer:
     def __call__(self, clip: Tensor) -> Tensor:
         """`(T, N, D)` to the same."""
         frames, tokens, dim = clip.shape
-        mask, w = dense_mask(self.attention, frames, tokens), self.weights
+        w = self.weights
         x = clip.reshape(frames * tokens, dim)
         y = self._norm("ln_1", x) @ w["attn.in_proj_weight"].T + w["attn.in_proj_bias"]
         query, key, value = y.chunk(3, dim=1)
-        heads = []
+        heads: list[Tensor] = []
         for q, k, v in zip(*(part.chunk(self.heads, dim=1) for part in (query, key, value)), strict=True):
+            mask = dense_mask(of_head(self.attention, len(heads), self.heads), frames, tokens)
             q = self._norm("attn.q_norm", q) if "attn.q_norm" in self.like else q
             k = self._norm("attn.k_norm", k) if "attn.k_norm" in self.like else k
             q, k = (turn(q, frames), turn(k, frames)) if self.rotary else (q, k)
@@ -99,7 +111,7 @@ def run(
     video: Tensor,
     weights: dict[str, Tensor],
     *,
-    attention: str,
+    attention: str | Sequence[str],
     placement: str,
     layers: Sequence[int] = (),
     heads: int = 1,
@@ -136,7 +148,7 @@ def _place(
     blocks: Sequence[nn.Module],
     frames: int,
     weights: dict[str, Tensor],
-    attention: str,
+    attention: str | Sequence[str],
     placement: str,
     layers: Sequence[int],
     heads: int,
@@ -210,15 +222,16 @@ def _output_of(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterat
 
 
 @contextmanager
-def _attends_over_the_clip(block: nn.Module, name: str, rotary: bool) -> Iterator[None]:
+def _attends_over_the_clip(block: nn.Module, names: str | Sequence[str], rotary: bool) -> Iterator[None]:
     """While the block runs, torch's attention over the tokens of each frame is attention over all of them, by loops."""
 
     def over_the_clip(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, scale: float | None = None, **_: Any
     ) -> Tensor:
         frames, heads, tokens, _ = query.shape
-        mask, outputs = dense_mask(name, frames, tokens), []
+        outputs = []
         for head in range(heads):
+            mask = dense_mask(of_head(names, head, heads), frames, tokens)
             shared = head * key.shape[1] // heads  # the head of keys and values, if queries share them
             q = query[:, head].reshape(frames * tokens, -1)
             k, v = (x[:, shared].reshape(frames * tokens, -1) for x in (key, value))

@@ -21,17 +21,26 @@ def like(name: str, model: nn.Module) -> dict[str, nn.Module]:
     return {key: attrgetter(path)(blocks(name, model)[-1]) for key, path in CASES[name].like.items()}
 
 
-@pytest.mark.parametrize(("attention", "embedding"), [("kmt", True), ("kmct", "rotary")], ids=["kmt", "kmct-rotary"])
+@pytest.mark.parametrize(
+    ("attention", "embedding"),
+    [("kmt", True), ("kmct", "rotary"), (["kmct", "temporal", "kmt"], False)],
+    ids=["kmt", "kmct-rotary", "groups of heads"],
+)
 @pytest.mark.parametrize("placement", ["append", "interleave", "replace"])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_the_plain_implementation(
-    name: str, placement: str, attention: str, embedding: Any
+    name: str, placement: str, attention: Any, embedding: Any
 ) -> None:
     if placement == "replace" and not CASES[name].replace:
         with pytest.raises(TypeError, match="placement='replace' cannot serve"):
             patch_vit(image_model(name), placement=placement, family=CASES[name].family)
         return
-    attention = {"kmt": "joint", "kmct": "causal"}[attention] if placement == "replace" else attention
+    if isinstance(attention, list):
+        attention = attention[: next(count for count in (2, 3, 1) if CASES[name].heads % count == 0)]
+    if placement == "replace":  # in which a frame must see itself
+        see_itself = {"kmt": "joint", "kmct": "causal", "temporal": "spatial"}
+        several = isinstance(attention, list)
+        attention = [see_itself[mask] for mask in attention] if several else see_itself[attention]
     dtype = torch.float32 if name == "clip" else torch.float64  # OpenAI's norms compute in float32
     image, video = image_model(name).to(dtype), clips(name).to(dtype)
     model = patch_vit(

@@ -29,6 +29,10 @@ MASKS: dict[str, Any] = {
     "causal-window-sink": partial(masks.causal, window=2, sink=2),
     "kmct-window-sink": partial(masks.kmct, window=3, sink=1),
     "window-strided": lambda f, t: masks.causal(f, t, window=5) & masks.dilated(f, t, stride=2) | masks.spatial(f, t),
+    "pairs": lambda f, t: kron(torch.arange(f)[:, None] // 2 == torch.arange(f) // 2, ones(t)) & masks.causal(f, t),
+    "of the length": lambda f, t: masks.kmct(f, t, window=max(1, f // 3)),
+    "groups of heads": ["kmct", partial(masks.causal, window=3, sink=1)],
+    "groups with a window": [partial(masks.kmct, window=4), partial(masks.causal, window=2, sink=2)],
     "strided": lambda frames, tokens: masks.causal(frames, tokens) & masks.dilated(frames, tokens, stride=3),
 }
 WINDOWS = [name for name in MASKS if "window" in name]
@@ -274,12 +278,18 @@ def test_a_fixed_mask_that_looks_ahead_is_refused_with_the_first_pair() -> None:
         FrameStream(patched(attention=kron(time, ones(5))))
 
 
+@pytest.mark.parametrize("name", ["pairs", "of the length", "strided", "groups of heads"])
+def test_a_mask_that_does_not_repeat_needs_a_length(name: str) -> None:
+    with pytest.raises(ValueError, match="or each another number, so a stream without an end"):
+        FrameStream(patched(attention=MASKS[name], temporal_embedding="rotary"))(video(1))
+
+
 def test_what_has_an_end_is_refused_without_one() -> None:
     with pytest.raises(ValueError, match="learned temporal embedding .* length=frames"):
         FrameStream(patched())
-    with pytest.raises(ValueError, match="under attention kmct a frame sees more than 256 frames"):
+    with pytest.raises(ValueError, match="under attention kmct frames see more than 256 frames"):
         FrameStream(patched(temporal_embedding="rotary"))
-    with pytest.raises(ValueError, match="under attention kmct a frame sees more than 256 frames"):
+    with pytest.raises(ValueError, match="under attention kmct frames see more than 256 frames"):
         FrameStream(patched(), length=8, repeat=True)
     with pytest.raises(ValueError, match="repeat=True goes on beyond a length"):
         FrameStream(patched(temporal_embedding=False, attention=MASKS["kmct-window"]), repeat=True)
