@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +102,8 @@ class PackedClips(Clips):
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__(sum(lengths))
-        self.lengths = tuple(lengths)
+        self.lengths = tuple(index(length) for length in lengths)  # constants of a traced graph, as is the mask
+        super().__init__(sum(self.lengths))
 
     def times(self, device: torch.device) -> Tensor:
         return torch.cat([torch.arange(length, device=device) for length in self.lengths])
@@ -129,7 +130,7 @@ class PackedClips(Clips):
         """
         if prefix:
             raise ValueError(f"packed clips have no prefix tokens, but prefix is {prefix}; count them in tokens")
-        rule = _packed_rule(tuple(mask(length, tokens) for length in self.lengths), self.lengths, int(tokens))
+        rule = _packed_rule(tuple(mask(length, tokens) for length in self.lengths), self.lengths, index(tokens))
         return rule_attention(query, key, value, rule, frames=self.frames, tokens=tokens, scale=scale)
 
     def count(self, images: int) -> int:
