@@ -137,9 +137,8 @@ class PackedClips(Clips):
         return len(self.lengths)
 
     def repeat(self, value: Tensor) -> Tensor:
-        return torch.cat(
-            [row.expand(length, *row.shape[1:]) for row, length in zip(value.split(1), self.lengths, strict=True)]
-        )
+        lengths = torch.tensor(self.lengths, device=value.device)
+        return value.repeat_interleave(lengths, 0, output_size=self.frames)
 
     def by_clip(self, value: Tensor) -> list[Tensor]:
         return list(value.split(self.lengths))

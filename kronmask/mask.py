@@ -65,7 +65,7 @@ class KronMask:
         query_tokens, key_tokens = _pair(tokens, "tokens", minimum=1)
         if isinstance(prefix, bool) or int(prefix) != prefix or prefix < 0:
             raise ValueError(f"prefix must be a whole number of tokens, 0 or more, not {prefix!r}")
-        table = [[int(code) for code in row] for row in (codes.tolist() if isinstance(codes, Tensor) else codes)]
+        table = [list(map(int, row)) for row in (codes.tolist() if isinstance(codes, Tensor) else codes)]
         if not table or not table[0] or any(len(row) != len(table[0]) for row in table):
             raise ValueError(f"codes must be a (Tq, Tk) table with at least one frame each way, not {codes!r}")
         factors = _canonical_factors(palette, query_tokens, key_tokens)
@@ -87,7 +87,7 @@ class KronMask:
                 factor = kept.setdefault(factor, FIRST_PATTERN + len(kept))
             canonical[code] = FULL if factor == IDENTITY and query_tokens == 1 else factor
         set_field = object.__setattr__
-        set_field(self, "codes", tuple(tuple(canonical[code] for code in row) for row in table))
+        set_field(self, "codes", tuple(tuple(map(canonical.__getitem__, row)) for row in table))
         set_field(self, "palette", tuple(kept))
         set_field(self, "query_frames", len(table))
         set_field(self, "key_frames", len(table[0]))
@@ -457,7 +457,7 @@ def _write_rule(codes: tuple[tuple[int, ...], ...], palette: tuple[bytes, ...]) 
     return ";".join([text] + [base64.b64encode(zlib.compress(pattern)).decode() for pattern in palette])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # a pack of 640 frames is a table of 3 MB
 def _read_rule(rule: str, frames: tuple[int, int], tokens: tuple[int, int], prefix: int) -> KronMask:
     text, *patterns = rule.split(";")
     kind, _, body = text.partition(":")

@@ -86,7 +86,7 @@ class Cell(NamedTuple):
     positions: bool = False
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     """The plan of a mask; pure, and remembered for each mask.
 

@@ -225,6 +225,21 @@ def test_a_pack_is_estimated_to_cost_no_more_than_its_clips(clips, masked_blocks
     assert cost(KronMask.block_diagonal(clips)) <= sum(map(cost, clips)) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("masked_blocks", [True, False])
+def test_cutting_between_blocks_changes_no_plan_of_one_clip(name, masked_blocks, monkeypatch):
+    """Not of own frames alone either, whose table is block-diagonal: they are cut in halves, as before."""
+    clips = [
+        masks.NAMES[name](frames, tokens, prefix=prefix)
+        for frames in (1, 2, 3, 7, 8, 16)
+        for tokens in (1, 2, 5, 10, 50, 197)
+        for prefix in (0, 2)
+    ]
+    plans = [make_plan(mask, masked_blocks) for mask in clips]
+    monkeypatch.setattr(plan, "_diagonal_cut", lambda table: None)
+    assert [make_plan.__wrapped__(mask, masked_blocks) for mask in clips] == plans
+
+
 def test_packed_streams_are_cut_between_the_streams():
     """Rectangles: the last frames of clips against all of theirs."""
     clips = [masks.kmct(t, 197).select(query=slice(t - 2, t)) for t in (8, 8, 5)]
