@@ -1,6 +1,8 @@
 """Clips of different lengths in one sequence: each is computed as it is alone, and costs what it costs alone."""
 
 import sys
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,12 @@ def test_packs_that_are_computed_in_parts_agree_with_float64(names, tokens):
     check([named(names[i % len(names)], length, tokens) for i, length in enumerate((8, 5, 5, 1, 12))], batch=1)
 
 
+def test_packed_streams_that_attend_over_frames_agree_with_float64():
+    clips = [masks.axial(5, 128).select(query=slice(3, 5)), masks.temporal(4, 128).select(query=slice(2, 4))]
+    assert len(make_plan(KronMask.block_diagonal(clips)).positions) == 2
+    check(clips, batch=1)
+
+
 @pytest.mark.parametrize(("tokens", "poison"), [(4, 1e4), (50, float("nan"))])  # few tokens share a call, under a mask
 def test_a_clip_takes_nothing_from_another(tokens, poison):
     packed = KronMask.block_diagonal([masks.kmt(3, tokens), masks.kmct(2, tokens)])
@@ -191,28 +199,30 @@ def test_a_fixed_mask_is_for_clips_of_its_size():
 # ---- what a pack costs ----------------------------------------------------------------------------------------------
 
 
-def areas(mask: KronMask, masked_blocks: bool) -> list[int]:
-    """Pairs that the parts of a plan visit: own, rectangles, under masks, and over frames."""
-    parts = make_plan(mask, masked_blocks)
-    return [
-        sum(part.query_rows * part.count for part in parts.own),
-        sum(part.query_rows * part.key_rows * part.count for part in parts.rectangles),
-        sum(part.query_rows * part.key_rows * part.count for _, part in parts.masked),
-        sum(frames.shape[0] * frames.shape[1] for frames, *_ in parts.positions),
-    ]
+def parts(mask: KronMask, masked_blocks: bool = True) -> Counter:
+    """The parts of a plan with their numbers: rows of own positions, rectangles, blocks under masks, and masks over frames."""
+    found, counted = make_plan(mask, masked_blocks), Counter[Any]()
+    for part in found.own:
+        counted["own"] += part.query_rows * part.count
+    for part in found.rectangles:
+        counted[part.query_rows, part.key_rows] += part.count
+    for block, part in found.masked:
+        counted[block, part.query_rows, part.key_rows] += part.count
+    for frames, *_ in found.positions:
+        counted[frames] += 1
+    return counted
 
 
 def calls(mask: KronMask) -> int:
-    parts = make_plan(mask)
-    return len(parts.own) + len(parts.rectangles) + len(parts.masked) + len(parts.positions)
+    found = make_plan(mask)
+    return len(found.own) + len(found.rectangles) + len(found.masked) + len(found.positions)
 
 
 @settings(max_examples=60)
 @given(clips=packs(frames=(1, 12), tokens=(64, 64)), masked_blocks=st.booleans())
 def test_the_parts_of_a_pack_are_those_of_its_clips(clips, masked_blocks):
     packed = KronMask.block_diagonal(clips)
-    alone = [areas(mask, masked_blocks) for mask in clips]
-    assert areas(packed, masked_blocks) == [sum(parts) for parts in zip(*alone, strict=True)]
+    assert parts(packed, masked_blocks) == sum((parts(mask, masked_blocks) for mask in clips), Counter())
     assert calls(packed) <= sum(map(calls, clips))
 
 
@@ -240,11 +250,14 @@ def test_cutting_between_blocks_changes_no_plan_of_one_clip(name, masked_blocks,
     assert [make_plan.__wrapped__(mask, masked_blocks) for mask in clips] == plans
 
 
-def test_packed_streams_are_cut_between_the_streams():
-    """Rectangles: the last frames of clips against all of theirs."""
-    clips = [masks.kmct(t, 197).select(query=slice(t - 2, t)) for t in (8, 8, 5)]
-    alone = [areas(mask, False) for mask in clips]
-    assert areas(KronMask.block_diagonal(clips), False) == [sum(parts) for parts in zip(*alone, strict=True)]
+STREAMS = [masks.kmct(t, 197).select(query=slice(t - 2, t)) for t in (8, 8, 5)]  # the last frames against all
+EARLIER = [masks.kmct(t, 197) & ~masks.spatial(t, 197) for t in (4, 9)]  # the first frame sees nothing
+
+
+@pytest.mark.parametrize("clips", [STREAMS, EARLIER, EARLIER[::-1]], ids=["streams", "earlier frames", "longer first"])
+def test_clips_are_told_apart_where_they_are_no_square_or_have_frames_that_see_nothing(clips):
+    packed = KronMask.block_diagonal(clips)
+    assert parts(packed, False) == sum((parts(mask, False) for mask in clips), Counter())
 
 
 def test_equal_clips_are_batched():

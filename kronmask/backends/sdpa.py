@@ -244,7 +244,7 @@ def _sum_heads(grad: Tensor, heads: int) -> Tensor:
 # ---- masked blocks --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # packed clips need one for each length
 def _bias(block: KronMask, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernels add to the scores, and the rows that see no key: the kernels' LSE of these is not -inf."""
     allowed = block.dense(device)

@@ -59,7 +59,7 @@ def patch_vit(
 
     A list of clips `(T, C, H, W)` of different lengths is a batch without padding: one sequence in which each clip sees itself
     alone, with its own temporal embedding and mean. What is `(B, T, ...)` for a batch is a list of a `(T, ...)` for each clip
-    then, also where the lengths are equal. A compiled model has a graph for each tuple of lengths, so for a few tuples at most.
+    then, also where the lengths are equal. `torch.compile` makes a graph for each tuple of lengths, by default for eight at most.
     (The `encode_image` of OpenAI's clip casts its images and takes tensors alone: give lists to `model.visual`.)
 
     Pretrained keys of the `state_dict` keep their names and new keys contain `temporal_`. A checkpoint of the image

@@ -547,8 +547,7 @@ def _by_clip(output: Any, clips: Clips, images: int, mean: bool, depth: int = 0)
     """The output of an image method for B*T frames, `images` in number, as the output for B clips.
 
     Floating-point tensors are averaged over frames, or unfolded to `(B, T, ...)` (of packed clips, to a list); all others are
-    unfolded. Tuples inside of an
-    output (intermediate layers) and `hidden_states` of a dictionary keep their frames.
+    unfolded. Tuples inside of an output (intermediate layers) and `hidden_states` of a dictionary keep their frames.
     """
     if isinstance(output, Tensor):
         if output.ndim == 0 or output.shape[0] != images:
