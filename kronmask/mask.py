@@ -65,7 +65,7 @@ class KronMask:
         query_tokens, key_tokens = _pair(tokens, "tokens", minimum=1)
         if isinstance(prefix, bool) or int(prefix) != prefix or prefix < 0:
             raise ValueError(f"prefix must be a whole number of tokens, 0 or more, not {prefix!r}")
-        table = [[int(code) for code in row] for row in (codes.tolist() if isinstance(codes, Tensor) else codes)]
+        table = [list(map(int, row)) for row in (codes.tolist() if isinstance(codes, Tensor) else codes)]
         if not table or not table[0] or any(len(row) != len(table[0]) for row in table):
             raise ValueError(f"codes must be a (Tq, Tk) table with at least one frame each way, not {codes!r}")
         factors = _canonical_factors(palette, query_tokens, key_tokens)
@@ -87,7 +87,7 @@ class KronMask:
                 factor = kept.setdefault(factor, FIRST_PATTERN + len(kept))
             canonical[code] = FULL if factor == IDENTITY and query_tokens == 1 else factor
         set_field = object.__setattr__
-        set_field(self, "codes", tuple(tuple(canonical[code] for code in row) for row in table))
+        set_field(self, "codes", tuple(tuple(map(canonical.__getitem__, row)) for row in table))
         set_field(self, "palette", tuple(kept))
         set_field(self, "query_frames", len(table))
         set_field(self, "key_frames", len(table[0]))
@@ -193,6 +193,42 @@ class KronMask:
             raise ValueError(f"query={query} and key={key} select no frames of {self!s}")
         return self._with(codes, [self.factor(FIRST_PATTERN + i) for i in range(len(self.palette))])
 
+    @staticmethod
+    def block_diagonal(masks: Sequence[KronMask]) -> KronMask:
+        """The mask of clips one behind the other, of one length or not: each sees itself alone, under its own mask.
+
+        `block_diagonal([masks.kmct(t, 197) for t in (8, 5, 16)])` serves a sequence of `29 * 197` tokens. The masks may differ
+        and may be rectangular, which packs the query frames and the key frames of streams.
+
+        Raises:
+            ValueError: no mask, masks of other numbers of tokens than the first, or a mask with a prefix.
+        """
+        masks = list(masks)
+        if not masks:
+            raise ValueError("block_diagonal needs at least one mask, and got none")
+        tokens, key_frames = (masks[0].query_tokens, masks[0].key_tokens), sum(mask.key_frames for mask in masks)
+        patterns: dict[bytes, Tensor] = {}
+        table: list[list[int]] = []
+        before = 0  # key frames of the clips before this one
+        for number, mask in enumerate(masks):
+            if (mask.query_tokens, mask.key_tokens) != tokens:
+                raise ValueError(
+                    f"masks of different tokens cannot be packed: {masks[0]!s}, but mask {number} is {mask!s}"
+                )
+            if mask.prefix:
+                raise ValueError(
+                    f"mask {number} has {mask.prefix} prefix tokens, which would be seen by all clips; packed clips have none: "
+                    "count class tokens and registers in tokens"
+                )
+            codes = list(range(FIRST_PATTERN))
+            for i, pattern in enumerate(mask.palette):
+                patterns.setdefault(pattern, mask.factor(FIRST_PATTERN + i))
+                codes.append(FIRST_PATTERN + list(patterns).index(pattern))
+            after = [EMPTY] * (key_frames - before - mask.key_frames)
+            table += [[EMPTY] * before + [codes[code] for code in row] + after for row in mask.codes]
+            before += mask.key_frames
+        return KronMask(table, list(patterns.values()), tokens=tokens)
+
     def _has(self, code: int) -> bool:
         return code != IDENTITY or self.query_tokens == self.key_tokens
 
@@ -211,6 +247,10 @@ class KronMask:
 
     def _sizes(self) -> tuple[int, ...]:
         return (self.query_frames, self.key_frames, self.query_tokens, self.key_tokens, self.prefix)
+
+    def __hash__(self) -> int:
+        """Of the rule, which equal masks share: a string remembers its hash, a table of many frames is walked each time."""
+        return hash((self.rule, *self._sizes()))
 
     # ---- other forms ------------------------------------------------------------------------------------------------
 
@@ -431,7 +471,7 @@ def _write_rule(codes: tuple[tuple[int, ...], ...], palette: tuple[bytes, ...]) 
     return ";".join([text] + [base64.b64encode(zlib.compress(pattern)).decode() for pattern in palette])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # a pack of 640 frames is a table of 3 MB
 def _read_rule(rule: str, frames: tuple[int, int], tokens: tuple[int, int], prefix: int) -> KronMask:
     text, *patterns = rule.split(";")
     kind, _, body = text.partition(":")

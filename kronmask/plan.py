@@ -1,10 +1,11 @@
 """From a mask to what a backend executes: rectangles of tokens, own positions, and small masked blocks.
 
-The frame table is cut recursively. A block of one code is a rectangle in which all pairs may attend. Any other block is cut into
-halves both ways, or into its query frames with their runs of key frames, or, where that is cheaper, computed whole under a mask
-of its own size. Halves make the butterfly for KMT and KMCT: at each level one half of the frames attends to its sibling, so
-log2(T) batched calls cover exactly the pairs of different frames. Short frames are cheaper in fewer, masked calls. Which cut is
-least work is estimated by `_call_cost`. Equal blocks at equal distances are one batched call.
+The frame table is cut recursively. A block-diagonal table (packed clips, own frames) falls apart between its blocks first, so
+that clips one behind the other are cut as each is alone. A block of one code is a rectangle in which all pairs may attend. Any
+other block is cut into halves both ways, or into its query frames with their runs of key frames, or, where that is cheaper,
+computed whole under a mask of its own size. Halves make the butterfly for KMT and KMCT: at each level one half of the frames
+attends to its sibling, so log2(T) batched calls cover exactly the pairs of different frames. Short frames are cheaper in fewer,
+masked calls. Which cut is least work is estimated by `_call_cost`. Equal blocks at equal distances are one batched call.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from kronmask.mask import EMPTY, FIRST_PATTERN, FULL, IDENTITY, KronMask
@@ -51,8 +53,8 @@ class Plan:
     Attributes:
         own: rectangles of which only the diagonal may attend (each query one key), where a query frame sees its own position in
             at most one frame.
-        positions: the mask over frames alone (of one token a frame) under which each position sees itself, where a query frame
-            sees its own position in several frames; else None.
+        positions: where query frames see their own position in several frames, masks over frames alone (of one token a frame)
+            under which each position sees itself; each with its first query frame and its first key frame.
         rectangles: all pairs may attend.
         masked: masks of blocks, and the rectangles that attend under them.
         complete: each query row is written by a part that is the `first` to reach it.
@@ -60,7 +62,7 @@ class Plan:
     """
 
     own: tuple[Rectangles, ...]
-    positions: KronMask | None
+    positions: tuple[tuple[KronMask, int, int], ...]
     rectangles: tuple[Rectangles, ...]
     masked: tuple[tuple[KronMask, Rectangles], ...]
     complete: bool
@@ -71,16 +73,20 @@ Table = tuple[tuple[int, ...], ...]
 
 
 class Cell(NamedTuple):
-    """A block of the frame table that is one rectangle; `codes` are None where all pairs may attend."""
+    """A block of the frame table that is one rectangle; `codes` are None where all pairs may attend.
+
+    Of a cell of `positions` only the identities count, and they are computed as attention over frames.
+    """
 
     query: int
     query_frames: int
     key: int
     key_frames: int
     codes: Table | None
+    positions: bool = False
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     """The plan of a mask; pure, and remembered for each mask.
 
@@ -92,22 +98,21 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
 
     whole = Rectangles(0, 0, length, key_length, first=True)
     if all(code == FULL for row in table for code in row):
-        return Plan((), None, (whole,), (), complete=True, is_one_call=True)
-
-    positions = None
-    if any(row.count(IDENTITY) > 1 for row in table):
-        positions = KronMask([[code == IDENTITY for code in row] for row in table], tokens=1)
-        table = tuple(tuple(EMPTY if code == IDENTITY else code for code in row) for row in table)
+        return Plan((), (), (whole,), (), complete=True, is_one_call=True)
 
     cost, cells = _Cutter(mask, masked_blocks).cut(table)
     if masked_blocks and length * key_length <= LARGEST_MASK:
-        if positions is not None:
-            cost += mask.query_tokens * (_call_cost(mask.query_frames, mask.key_frames, MASKED) - CALL) + CALL
         if prefix:
             cost += _call_cost(prefix, key_length) + _call_cost(length - prefix, prefix)
         if _call_cost(length, key_length, MASKED) < cost:
-            return Plan((), None, (), ((mask, whole),), complete=True, is_one_call=True)
+            return Plan((), (), (), ((mask, whole),), complete=True, is_one_call=True)
 
+    positions = [
+        (KronMask([[code == IDENTITY for code in row] for row in cell.codes], tokens=1), cell.query, cell.key)
+        for cell in cells
+        if cell.positions and cell.codes is not None
+    ]
+    cells = [cell for cell in cells if not cell.positions]
     own = _batched([cell for cell in cells if cell.codes == ((IDENTITY,),)], mask)
     full = _batched([cell for cell in cells if cell.codes is None], mask)
     if prefix:
@@ -125,7 +130,9 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
         masked += [(block, part) for part in _batched(group, mask)]
 
     # by units that parts never cut: first the prefix, then the query frames
-    reached = [not prefix] + [positions is not None] * mask.query_frames
+    reached = [not prefix] + [False] * mask.query_frames
+    for over_frames, query, _ in positions:
+        reached[query + 1 : query + 1 + over_frames.query_frames] = [True] * over_frames.query_frames
     written = reached.copy()
 
     def reach(part: Rectangles) -> Rectangles:
@@ -145,8 +152,8 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     full = [reach(part) for part in full]
     masked = [(block, reach(part)) for block, part in masked]
     calls = [*full, *(part for _, part in masked)]
-    is_one_call = not own and positions is None and [(c.query_rows, c.key_rows) for c in calls] == [mask.shape]
-    return Plan(tuple(own), positions, tuple(full), tuple(masked), all(written), is_one_call)
+    is_one_call = not own and not positions and [(c.query_rows, c.key_rows) for c in calls] == [mask.shape]
+    return Plan(tuple(own), tuple(positions), tuple(full), tuple(masked), all(written), is_one_call)
 
 
 def _call_cost(rows: int, keys: int, weight: float = 1.0) -> float:
@@ -168,21 +175,37 @@ class _Cutter:
 
     def _cut(self, table: Table) -> tuple[float, list[Cell]]:
         query_frames, key_frames = len(table), len(table[0])
-        codes = {code for row in table for code in row}
+        codes = set().union(*table)
         if codes == {EMPTY}:
             return 0.0, []
         if codes == {FULL}:
             return self._cell(0, query_frames, 0, key_frames, None)
-        if query_frames == 1:
+        cut = _diagonal_cut(table)
+        if cut is not None:
+            q, k = cut
+            first, second = tuple(row[:k] for row in table[:q]), tuple(row[k:] for row in table[q:])
+            options = [self._joint([(first, 0, 0), (second, q, k)])]
+        elif any(row.count(IDENTITY) > 1 for row in table):
+            options = [self._over_frames(table)]
+        elif query_frames == 1:
             return self._frame(table[0])
-        options = [self._joint([((row,), q, 0) for q, row in enumerate(table)])]
-        if key_frames > 1:
-            rows, columns = _halves(query_frames), _halves(key_frames)
-            parts = [(tuple(row[c:d] for row in table[a:b]), a, c) for a, b in rows for c, d in columns]
-            options.append(self._joint(parts))
+        else:
+            options = [self._joint([((row,), q, 0) for q, row in enumerate(table)])]
+            if key_frames > 1:
+                rows, columns = _halves(query_frames), _halves(key_frames)
+                parts = [(tuple(row[c:d] for row in table[a:b]), a, c) for a, b in rows for c, d in columns]
+                options.append(self._joint(parts))
         if self.masked_blocks and query_frames * self.query_tokens * key_frames * self.key_tokens <= LARGEST_MASK:
             options.append(self._cell(0, query_frames, 0, key_frames, table))
         return min(options, key=lambda option: option[0])
+
+    def _over_frames(self, table: Table) -> tuple[float, list[Cell]]:
+        """The identities as attention of each position over frames, and the rest."""
+        query_frames, key_frames = len(table), len(table[0])
+        rest = tuple(tuple(EMPTY if code == IDENTITY else code for code in row) for row in table)
+        cost, cells = self.cut(rest)
+        cost += self.query_tokens * (_call_cost(query_frames, key_frames, MASKED) - CALL) + CALL
+        return cost, [Cell(0, query_frames, 0, key_frames, table, positions=True), *cells]
 
     def _frame(self, row: tuple[int, ...]) -> tuple[float, list[Cell]]:
         """One query frame: each run of one code is a cell, and each identity."""
@@ -211,6 +234,27 @@ class _Cutter:
         else:
             cost = _call_cost(rows, keys, MASKED if codes else 1.0)
         return cost, [Cell(q, q_size, k, k_size, codes)]
+
+
+def _diagonal_cut(table: Table) -> tuple[int, int] | None:
+    """Where a block-diagonal table falls in two, `(query frame, key frame)`: no pair joins the sides, and both have pairs.
+
+    Of several cuts, one on the diagonal of the table and nearest to the middle, as halves are; None if there is none.
+    """
+    rows, columns = len(table), len(table[0])
+    starts = [next((k for k, code in enumerate(row) if code != EMPTY), columns) for row in table]
+    stops = [
+        next((k for k in range(columns, start, -1) if row[k - 1] != EMPTY), 0)
+        for start, row in zip(starts, table, strict=True)
+    ]
+    reach = list(accumulate(stops, max))  # where the keys end that a query frame or one before it sees
+    begin = list(accumulate(reversed(starts), min))[::-1]  # where those begin that it or one behind it sees
+    cuts = [
+        (q, min(max(q * columns // rows, low), high))
+        for q, low, high in zip(range(1, rows), reach, begin[1:], strict=False)
+        if 0 < low <= high < columns
+    ]
+    return min(cuts, key=lambda cut: (cut[0] * columns != cut[1] * rows, abs(2 * cut[0] - rows)), default=None)
 
 
 def _halves(size: int) -> list[tuple[int, int]]:

@@ -27,9 +27,10 @@ def coverage(mask, plan: Plan) -> torch.Tensor:
     for inner, part in plan.masked:
         for block in blocks(part):
             block += inner.dense()
-    if plan.positions is not None:
-        table = plan.positions.dense().int()
-        visits[mask.prefix :, mask.prefix :] += torch.kron(table, torch.eye(mask.query_tokens, dtype=torch.int))
+    for frames, query, key in plan.positions:
+        block = torch.kron(frames.dense().int(), torch.eye(mask.query_tokens, dtype=torch.int))
+        q, k = mask.prefix + query * mask.query_tokens, mask.prefix + key * mask.key_tokens
+        visits[q : q + len(block), k : k + block.shape[1]] += block
     return visits
 
 
@@ -43,8 +44,9 @@ def test_only_the_first_part_to_reach_a_row_may_overwrite_it(mask):
     plan = make_plan(mask)
     reached = torch.zeros(mask.shape[0], dtype=torch.bool)
     written = torch.zeros(mask.shape[0], dtype=torch.bool)
-    if plan.positions is not None:
-        reached[mask.prefix :] = written[mask.prefix :] = True
+    for frames, query, _ in plan.positions:
+        first, last = (mask.prefix + q * mask.query_tokens for q in (query, query + frames.query_frames))
+        reached[first:last] = written[first:last] = True
     for part in (*plan.own, *plan.rectangles, *(p for _, p in plan.masked)):
         rows = torch.cat([torch.arange(part.query_rows) + part.query + i * part.step for i in range(part.count)])
         if part.first:

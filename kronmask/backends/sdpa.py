@@ -8,7 +8,7 @@ most 2**20 pairs where `plan` finds one masked call cheaper than several; it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -55,9 +55,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
             torch.mul(q.float(), k, out=o)  # nothing is in these rows yet: they hold the products
             own_lse = o.sum(-1).mul_(scale)
             _merge(o, s[..., 0], v, own_lse, first=True)
-    if plan.positions is not None:
-        bias, empty = _bias(plan.positions, query.dtype, query.device)
-        for q, k, v, o, s in _position_views(mask, "qkkqq", query, key, value, output, lse[..., None]):
+    for frames, *corner in plan.positions:
+        bias, empty = _bias(frames, query.dtype, query.device)
+        for q, k, v, o, s in _position_views(mask, frames, corner, "qkkqq", query, key, value, output, lse[..., None]):
             _merge(o, s[..., 0], *_flash(q, k, v, scale, bias, empty), first=True)
     for part, bias, empty in _calls(plan, query):
         for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
@@ -121,8 +121,8 @@ def backward(
             for total, part_grad in zip(totals, _flash_backward(g, q, k, v, o, s[..., 0], scale, bias), strict=True):
                 total += part_grad[..., :head_dim]
 
-    if query.numel() and plan.positions is not None:
-        accumulate(_position_views(mask, roles, *tensors), _bias(plan.positions, dtype, query.device)[0])
+    for frames, *corner in plan.positions if query.numel() else ():
+        accumulate(_position_views(mask, frames, corner, roles, *tensors), _bias(frames, dtype, query.device)[0])
     for part, bias, _ in _calls(plan, query) if query.numel() else ():
         accumulate(_pieces(part, roles, *tensors), bias)
 
@@ -199,17 +199,24 @@ def _stacked(tensor: Tensor, start: int, rows: int, count: int, step: int) -> Te
     )
 
 
-def _position_views(mask: KronMask, roles: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """For each clip, views `(N, H, T, D)`: each position as a sequence over the frames."""
+def _position_views(
+    mask: KronMask, over_frames: KronMask, corner: Sequence[int], roles: str, *tensors: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """For each clip, views `(N, H, T, D)`: each position as a sequence over the frames of `over_frames`.
+
+    `corner` is the first query frame and the first key frame.
+    """
+    sizes = {
+        "q": (corner[0], over_frames.query_frames, mask.query_tokens),
+        "k": (corner[1], over_frames.key_frames, mask.key_tokens),
+    }
     for b in range(tensors[0].shape[0]):
         views = []
         for role, tensor in zip(roles, tensors, strict=True):
-            frames, tokens = (
-                (mask.query_frames, mask.query_tokens) if role == "q" else (mask.key_frames, mask.key_tokens)
-            )
+            first, frames, tokens = sizes[role]
             _, by_head, by_row, by_column = tensor.stride()
             size = (tokens, tensor.shape[1], frames, tensor.shape[3])
-            offset = tensor.storage_offset() + b * tensor.stride(0) + mask.prefix * by_row
+            offset = tensor.storage_offset() + b * tensor.stride(0) + (mask.prefix + first * tokens) * by_row
             views.append(tensor.as_strided(size, (by_row, by_head, tokens * by_row, by_column), offset))
         yield tuple(views)
 
@@ -237,7 +244,7 @@ def _sum_heads(grad: Tensor, heads: int) -> Tensor:
 # ---- masked blocks --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # packed clips need one for each length
 def _bias(block: KronMask, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernels add to the scores, and the rows that see no key: the kernels' LSE of these is not -inf."""
     allowed = block.dense(device)

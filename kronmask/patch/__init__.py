@@ -57,6 +57,11 @@ def patch_vit(
     CLIP): `forward_frames(video)` is the output for each frame `(B, T, ...)` and `forward_tokens(video)` the tokens
     `(B, T, N, D)` after the last temporal layer, before the final norm.
 
+    A list of clips `(T, C, H, W)` of different lengths is a batch without padding: one sequence in which each clip sees itself
+    alone, with its own temporal embedding and mean. What is `(B, T, ...)` for a batch is a list of a `(T, ...)` for each clip
+    then, also where the lengths are equal. `torch.compile` makes a graph for each tuple of lengths, by default for eight at most.
+    (The `encode_image` of OpenAI's clip casts its images and takes tensors alone: give lists to `model.visual`.)
+
     Pretrained keys of the `state_dict` keep their names and new keys contain `temporal_`. A checkpoint of the image
     model loads before and after patching (it then leaves the temporal weights as they are). Dropout and stochastic
     depth are the image blocks' own; the temporal layers have none. In `DistributedDataParallel` every temporal

@@ -104,7 +104,8 @@ class MaskedAutoencoder(HuggingFaceEncoder):
             embeddings: Any = self.embeddings
             height, width = embeddings.patch_embeddings.patch_size
             patches = (video.shape[3] // height) * (video.shape[4] // width)
-            kwargs["noise"] = torch.rand(video.shape[0], patches, device=video.device)
+            count = clips.count(video.shape[0] * video.shape[1])
+            kwargs["noise"] = torch.rand(count, patches, device=video.device)
         return super()._prepare(video, clips, kwargs)
 
     def _encode(
@@ -112,10 +113,15 @@ class MaskedAutoencoder(HuggingFaceEncoder):
     ) -> Any:
         result = super()._encode(entry, output, images, args, kwargs, clips)
         if output == "mean" and isinstance(result, Mapping):
-            return type(result)(**dict(result, ids_restore=result["ids_restore"][:, 0]))
+            return type(result)(**dict(result, ids_restore=_of_clips(result["ids_restore"])))
         if output == "mean":
-            return (*result[:2], result[2][:, 0], *result[3:])  # last_hidden_state, mask, ids_restore, ...
+            return (*result[:2], _of_clips(result[2]), *result[3:])  # last_hidden_state, mask, ids_restore, ...
         return result
+
+
+def _of_clips(value: Tensor | list[Tensor]) -> Tensor:
+    """`(B, ...)` of what is equal in all frames of a clip: `(B, T, ...)`, or a list of a `(T, ...)` for each clip."""
+    return value[:, 0] if isinstance(value, Tensor) else torch.stack([clip[0] for clip in value])
 
 
 # ---- finding the encoder --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from kronmask.clips import Clips
+from kronmask.clips import Clips, PackedClips
 from kronmask.nn import MaskRule, attend_in_groups, rotate_by_time
 from kronmask.patch.family import Entry, Family
 from kronmask.patch.settings import Settings
@@ -315,7 +315,10 @@ def refuse_dropout(probability: float) -> None:
 
 
 class TubeDropout(Patched):
-    """Mixin of patch dropout that drops the same patches in all frames of a clip, so that a position stays a position."""
+    """Mixin of patch dropout that drops the same patches in all frames of a clip, so that a position stays a position.
+
+    Of packed clips it drops the same patches in all: they are one sequence of frames of one size.
+    """
 
     temporal_link: Link
 
@@ -342,18 +345,22 @@ class VideoEncoder(Patched):
     temporal_encoder: TemporalEncoder
     family: Family
 
-    def forward_frames(self, video: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the image model returns, for each frame: `(B, T, ...)`; their mean over T is `forward(video)`."""
+    def forward_frames(self, video: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What the image model returns, for each frame: `(B, T, ...)`; their mean over T is `forward(video)`.
+
+        Of a list of clips `(T, C, H, W)`, it is a list of a `(T, ...)` for each clip, also where all have one length.
+        """
         return self._encode(self.family.entries[0], "frames", video, args, kwargs)
 
-    def forward_tokens(self, video: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_tokens(self, video: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """Tokens after the last temporal layer, before what follows the blocks.
 
         Args:
-            video: `(B, T, C, H, W)`, or images `(B, C, H, W)` as clips of one frame.
+            video: `(B, T, C, H, W)`, or images `(B, C, H, W)` as clips of one frame, or a list of clips `(T, C, H, W)`.
 
         Returns:
-            `(B, T, N, D)`; N counts class token and registers, which come where the image model has them.
+            `(B, T, N, D)`, or a list of a `(T, N, D)` for each clip; N counts class token and registers, which come where the
+            image model has them.
         """
         tokens: list[Tensor] = []
         outer, _running.tokens = _running.tokens, tokens
@@ -396,6 +403,8 @@ class VideoEncoder(Patched):
         if args and type(self).family.per_image:  # by name, since `_prepare` looks for them by name
             bound = inspect.signature(method).bind_partial(self, images, *args, **kwargs)
             args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
+        if clips is None and isinstance(images, (list, tuple)):
+            images, clips = _packed(images, entry, self.temporal_encoder.channels)
         video = _as_video(images, entry, self.temporal_encoder.channels)
         clips = Clips(video.shape[1]) if clips is None else clips
         count = video.shape[0] * video.shape[1]
@@ -460,6 +469,38 @@ def _refusing(name: str, reason: str) -> Callable[..., Any]:
     return method
 
 
+def _layout(entry: Entry, channels: int | None) -> tuple[int | None, str]:
+    """The channels that an entry is held to, and the dimensions of an image or frame."""
+    channels = None if entry.features or entry.ndim != 4 else channels
+    return channels, {4: f"{'C' if channels is None else channels}, H, W", 3: "N, D"}[entry.ndim]
+
+
+def _packed(clips: Sequence[Any], entry: Entry, channels: int | None) -> tuple[Tensor, PackedClips]:
+    """A list of clips `(T, C, H, W)` of any lengths as one `(1, sum(T), C, H, W)`.
+
+    Raises:
+        TypeError: a clip that is no tensor.
+        ValueError: no clip, or one of another shape, dtype or device than a list of clips has; the message says which.
+    """
+    channels, layout = _layout(entry, channels)
+    if not clips:
+        raise ValueError(f"the list of clips is empty; a patched model takes at least one clip (T, {layout})")
+    for number, clip in enumerate(clips):
+        if not isinstance(clip, Tensor):
+            raise TypeError(f"clip {number} of the list is no tensor (T, {layout}) but {type(clip).__name__}")
+        if clip.ndim != entry.ndim or clip.shape[0] < 1 or channels not in (None, clip.shape[1]):
+            raise ValueError(
+                f"clip {number} of the list has shape {tuple(clip.shape)}, expected (T, {layout}) with at least one frame"
+            )
+        frame, first = ((tuple(c.shape[1:]), c.dtype, c.device) for c in (clip, clips[0]))
+        if frame != first:
+            raise ValueError(
+                f"clip {number} of the list has frames of shape {frame[0]}, {frame[1]} on {frame[2]}, but clip 0 has {first[0]}, "
+                f"{first[1]} on {first[2]}; packed clips differ in their number of frames alone"
+            )
+    return torch.cat(list(clips)).unsqueeze(0), PackedClips([clip.shape[0] for clip in clips])
+
+
 def _as_video(images: Any, entry: Entry, channels: int | None) -> Tensor:
     """`(B, T, C, H, W)` of a video batch; an image batch `(B, C, H, W)` becomes clips of one frame.
 
@@ -467,11 +508,11 @@ def _as_video(images: Any, entry: Entry, channels: int | None) -> Tensor:
         TypeError: no tensor.
         ValueError: another number of dimensions, no frame, or another number of channels.
     """
-    channels = None if entry.features or entry.ndim != 4 else channels
-    layout = {4: f"{'C' if channels is None else channels}, H, W", 3: "N, D"}[entry.ndim]
+    channels, layout = _layout(entry, channels)
     if not isinstance(images, Tensor):
         raise TypeError(
-            f"a patched model takes a tensor of video (B, T, {layout}) or images (B, {layout}), not {type(images).__name__}"
+            f"a patched model takes a tensor of video (B, T, {layout}) or images (B, {layout}), or a list of clips "
+            f"(T, {layout}), not {type(images).__name__}"
         )
     video = images.unsqueeze(1) if images.ndim == entry.ndim else images
     right = channels is None or (video.ndim == 5 and video.shape[2] == channels)
@@ -508,8 +549,8 @@ _FRAME_FIELDS = ("hidden_states", "attentions")
 def _by_clip(output: Any, clips: Clips, images: int, mean: bool, depth: int = 0) -> Any:
     """The output of an image method for B*T frames, `images` in number, as the output for B clips.
 
-    Floating-point tensors are averaged over frames, or unfolded to `(B, T, ...)`; all others are unfolded. Tuples inside of an
-    output (intermediate layers) and `hidden_states` of a dictionary keep their frames.
+    Floating-point tensors are averaged over frames, or unfolded to `(B, T, ...)` (of packed clips, to a list); all others are
+    unfolded. Tuples inside of an output (intermediate layers) and `hidden_states` of a dictionary keep their frames.
     """
     if isinstance(output, Tensor):
         if output.ndim == 0 or output.shape[0] != images:

@@ -15,7 +15,7 @@ from strategies import kron_masks
 from test_conformance import MASKS, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kronmask import kron_attention, masks
+from kronmask import KronMask, kron_attention, masks
 from kronmask.backends import triton as triton_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,6 +136,15 @@ def test_the_kernels_agree_with_float64_at_197_tokens(name, frames, prefix, monk
 def test_the_kernels_agree_with_float64_on_random_masks(mask, row):
     with pytest.MonkeyPatch.context() as monkeypatch:
         check(mask, row | {"heads": (2, 1), "batch": 1}, monkeypatch, blocks=(16, 16))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["token", "frame", "packed"])
+def test_the_kernels_agree_with_float64_on_packed_clips(kind, monkeypatch):
+    clips = [masks.kmt(3, 7), masks.axial(2, 7), masks.neighborhood(1, 7, grid=(2, 3)), masks.kmct(4, 7)]
+    row = {"head_dim": 16, "dtype": torch.float32, "layout": "packed", "heads": (2, 1), "batch": 2}
+    row |= {"grad_lse": True, "kind": kind, "blocks": (16, 16)}
+    check(KronMask.block_diagonal(clips), row, monkeypatch)
 
 
 @needs_kernels

@@ -43,7 +43,7 @@ def test_channels_before_frames_are_recognised(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected video \(B, T, 3, H, W\)"):
         model(torch.zeros(2, 4, 1, 32, 32))
     with pytest.raises(TypeError, match="takes a tensor of video"):
-        model([torch.zeros(4, 3, 32, 32)])
+        model(torch.zeros(2, 4, 3, 32, 32).numpy())
 
 
 def test_a_wrapper_is_refused_with_the_path_to_the_model_in_it(tmp_path) -> None:
