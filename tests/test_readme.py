@@ -12,6 +12,7 @@ import model_speed
 import pytest
 import stream_speed
 import tables
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in (".", "benchmarks", "examples")}
@@ -21,15 +22,21 @@ NOTEBOOK = ROOT / "examples" / "own_vit.ipynb"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
-def test_snippets_run(snippet):
-    """As written, but with random weights: there may be no network."""
+def test_snippets_run(snippet, monkeypatch):
+    """As written, but with random weights: there may be no network. A world of processes has one here."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
     for weights, none in (
         ('pretrained="openai"', "pretrained=None"),
         ("pretrained=True", "pretrained=False"),
         ('.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)', "(ViTConfig(num_labels=10))"),
     ):
         snippet = snippet.replace(weights, none)
-    exec(f"from transformers import ViTConfig\n{snippet}", {})
+    try:
+        exec(f"from transformers import ViTConfig\n{snippet}", {})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_the_front_page_is_short():
