@@ -45,6 +45,10 @@ __all__ = ["FrameGroup", "ParallelClips", "deal", "frame_parallel", "own_frames"
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# as recent releases of torch call them; before, by their names of torch 1
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 # ---- what a user calls ----------------------------------------------------------------------------------------------
 
@@ -180,7 +184,6 @@ class FrameGroup:
     """
 
     def __init__(self, mesh: DeviceMesh, causal: bool) -> None:
-        self.mesh = mesh
         self.group = mesh.get_group()
         self.ranks = mesh.size()
         self.rank = dist.get_rank(self.group)
@@ -209,7 +212,7 @@ class FrameGroup:
         header = torch.tensor(_header(images), device=self.header_device)
         gathered = header.new_empty(self.ranks, len(header))
         try:
-            dist.all_gather_into_tensor(gathered.flatten(), header, group=self.group)
+            all_gather(gathered.view(-1), header, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of the {self.ranks} that share the frames of a clip has not heard from all others: one has "
@@ -382,9 +385,7 @@ class _Start(torch.autograd.Function):
         ctx.gather = gather
         gather.sent = torch.stack([key, value])
         gather.received = key.new_empty(gather.group.ranks, *gather.sent.shape)
-        gather.work = dist.all_gather_into_tensor(
-            gather.received.flatten(0, 1), gather.sent, group=gather.group.group, async_op=True
-        )
+        gather.work = all_gather(gather.received.flatten(0, 1), gather.sent, group=gather.group.group, async_op=True)
         return key.new_zeros(())  # ties the end to the start
 
     @staticmethod
@@ -412,7 +413,7 @@ class _Finish(torch.autograd.Function):
             for (r, part), piece in zip(gather.runs, gradient.split(sizes, dim=2), strict=True):
                 gather.sent[r, i, :, :, part] = piece
         gather.received = key.new_empty(ctx.shape[1:])
-        gather.work = dist.reduce_scatter_tensor(
+        gather.work = reduce_scatter(
             gather.received, gather.sent.flatten(0, 1), group=gather.group.group, async_op=True
         )
         return key.new_zeros(()), None
