@@ -56,11 +56,12 @@ reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 def frame_parallel(model: Model, mesh: DeviceMesh | None, *, causal: bool | None = None) -> Model:
     """Let each rank of `mesh` hold some of the frames of each clip, in place: `model(shard_frames(video, model))`.
 
-    All ranks of `mesh` call the model together, with equal shapes. Outputs for clips (the mean over frames) are those of whole
-    clips, the same on every rank; outputs for frames, `forward_frames` and `forward_tokens` are of the rank's own frames. Wrap
-    the model in `DistributedDataParallel` or `fully_shard` over *all* ranks, before or after; they then learn what one process
-    does (who sums and who averages is said at the top of this module). Dropout and stochastic depth draw for each frame: seed
-    each rank differently. A copy of the model is parallel in the same way; a file holds its `state_dict`, which is as before.
+    All ranks of `mesh` call the model together, with equal shapes, and `backward()` together. Outputs for clips (the mean over
+    frames) are those of whole clips, the same on every rank; outputs for frames, `forward_frames` and `forward_tokens` are of
+    the rank's own frames. Wrap the model in `DistributedDataParallel` or `fully_shard` over *all* ranks, before or after; they
+    then learn what one process does (who sums and who averages is said at the top of this module). Dropout and stochastic depth
+    draw for each frame: seed each rank differently. A copy of the model is parallel in the same way; a file holds its
+    `state_dict`, which is as before.
 
     Args:
         model: patched by `patch_vit`, or a wrapper around such a model.
@@ -75,6 +76,10 @@ def frame_parallel(model: Model, mesh: DeviceMesh | None, *, causal: bool | None
         TypeError: `mesh` is no `DeviceMesh`.
         ValueError: the model is not patched; the mesh has more than one dimension or does not contain this rank; or a mask that
             is a function does not take the small size at which it is asked whether it is causal.
+
+    The model raises on every rank: ValueError where shapes differ between ranks or frames cannot be dealt to them, and in
+    training with patch dropout (each rank would drop other patches); RuntimeError, within the timeout of the process group, where
+    a rank has died or does not call it.
     """
     encoders = _encoders(model)
     groups: list[FrameGroup | None] = [None] * len(encoders)

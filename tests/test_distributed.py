@@ -59,12 +59,18 @@ def image_model(name: str = "timm", **options: Any) -> nn.Module:
     )
 
 
-def patched(attention: Any = "kmt", placement: str = "append", name: str = "timm", **options: Any) -> Any:
+def patched(
+    attention: Any = "kmt",
+    placement: str = "append",
+    name: str = "timm",
+    image: nn.Module | None = None,
+    **options: Any,
+) -> Any:
     frames = attention.num_frames if isinstance(attention, KronMask) else 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of masks under which no token sees its frame
         options = {"init": "random", "frames": frames} | options
-        return patch_vit(image_model(name), attention=attention, placement=placement, **options)
+        return patch_vit(image or image_model(name), attention=attention, placement=placement, **options)
 
 
 def parallel(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Any:
@@ -202,9 +208,11 @@ def ddp_over_the_frames_learns_what_one_process_learns(mesh: DeviceMesh) -> None
     torn = KronMask(
         [[(3 * q + 5 * k) % 4 * (q != 5) for k in range(8)] for q in range(8)], [torch.eye(5).flip(0) > 0], tokens=5
     )
-    cases = itertools.product(PLACEMENTS, ("kmt", "kmct", "frame_window", recent, "joint", torn), ("timm",))
-    hugging = itertools.product(PLACEMENTS, ("kmct",), ("transformers",)) if ranks == 2 else ()
-    for placement, attention, name in (*cases, *hugging):
+    cases = [("append", attention, "timm") for attention in ("kmt", "kmct", "frame_window", recent, "joint", torn)]
+    cases += [("interleave", "kmct", "timm"), ("interleave", torn, "timm"), ("replace", recent, "timm")]
+    if ranks == 2:
+        cases += [(placement, "kmct", "transformers") for placement in PLACEMENTS]
+    for placement, attention, name in cases:
         single = patched(attention, placement, name)
         model = parallel(single, mesh)
         learn(DistributedDataParallel(model), model, single, slice(None), 8)
@@ -243,22 +251,22 @@ def frames_know_when_they_are(mesh: DeviceMesh) -> None:
 
 
 def zigzag_is_for_causal_masks(mesh: DeviceMesh) -> None:
-    fixed = masks.causal(8, TOKENS)
+    ranks, rank, fixed = mesh.size(), dist.get_rank(), masks.causal(8, TOKENS)
     for attention in ("kmct", "causal", recent, fixed):
-        assert own_frames(parallel(patched(attention), mesh), 16) == deal(16, mesh.size(), causal=True)[dist.get_rank()]
+        assert own_frames(parallel(patched(attention), mesh), 16) == deal(16, ranks, causal=True)[rank]
     for attention in ("kmt", "frame_window", "joint", fixed.T, "neighborhood", "dilated"):
         assert not parallel(patched(attention), mesh).temporal_encoder.frame_group.causal
     single = patched("kmct")
     model = parallel(single, mesh, causal=False)
-    assert own_frames(model, 6 * mesh.size() // 2) == deal(6 * mesh.size() // 2, mesh.size())[dist.get_rank()]
-    x = video(3 * mesh.size())
+    assert own_frames(model, 3 * ranks) == deal(3 * ranks, ranks)[rank]
+    x = video(3 * ranks)
     assert_close(output(model, shard_frames(x, model)), output(single, x), rtol=0, atol=1e-5)
-    large = patched(partial(masks.neighborhood, grid=(2, 2)))
-    assert not parallel(large, mesh).temporal_encoder.frame_group.causal
+    large = patched(partial(masks.neighborhood, grid=(9, 9)))
     with pytest.raises(
-        ValueError, match="could not be asked at .* of 5 tokens whether it is causal .*; say .*causal=True"
+        ValueError, match="could not be asked at .* of 5 tokens whether it is causal .*; say .*causal=Tr"
     ):
-        parallel(patched(partial(masks.neighborhood, grid=(9, 9))), mesh)
+        parallel(large, mesh)
+    assert own_frames(parallel(large, mesh, causal=True), 16) == deal(16, ranks, causal=True)[rank]
 
 
 def a_mesh_of_one_rank_is_one_process(mesh: DeviceMesh) -> None:
@@ -290,7 +298,7 @@ def checkpointing_gathers_again(mesh: DeviceMesh) -> None:
 
 
 def compiled_models_compute_the_same(mesh: DeviceMesh) -> None:
-    model = parallel(patched("kmct", layers=1), mesh)
+    model = parallel(patched("kmct", image=image_model(depth=1)), mesh)
     x = shard_frames(video(), model)
     assert_close(torch.compile(model, backend="eager")(x), model(x))
 
@@ -483,7 +491,7 @@ def patch_dropout_is_refused_in_training(mesh: DeviceMesh) -> None:
     for probability in (0.5, 0.0):
         image = image_model(patch_drop_rate=0.5)
         image.patch_drop.prob = probability  # type: ignore[union-attr]
-        single = patch_vit(image, frames=4, init="random")
+        single = patched(image=image)
         model = parallel(single, mesh)
         x = video()
         if probability:
