@@ -12,7 +12,9 @@ forward sends besides 9 int64 numbers (its header) and, for each averaged output
 
 **What a rank holds.** The activations of image blocks, and all of a temporal layer but keys and values, are 1/R of those of one
 process. For its backward, attention keeps keys and values of all T frames, `2 * B * T * N * W * itemsize` bytes for a layer;
-while a layer runs, the gathered copy is as large again. Activation checkpointing keeps none of it, and gathers once more.
+while a layer runs, the gathered copy is as large again. The merge adds the output of the second attention and its own, `2 * B *
+t * N * W * itemsize` bytes, in low precision twice as much again in float32. Activation checkpointing keeps none of it, and
+gathers once more.
 
 **Who sums, who averages.** A collective's backward is its adjoint: gradients of the gathered keys and values are summed over
 the ranks onto the rank that they came from, and those of the mean over frames are summed over the ranks. So `backward()` of

@@ -427,10 +427,10 @@ def activations_fall_with_the_ranks_but_for_keys_and_values(mesh: DeviceMesh) ->
         )
     layer = {split: held[2, split] - held[1, split] for split in (False, True)}
     image = {split: held[1, split] - layer[split] for split in (False, True)}
-    print(f"{ranks} ranks: image blocks {image}, a temporal layer {layer}")
     assert abs(image[True] * ranks / image[False] - 1) < 0.02
-    gathered = 2 * batch * (frames - frames // ranks) * TOKENS * WIDTH * 4
-    assert layer[False] / ranks + gathered <= layer[True] <= 1.5 * layer[False] / ranks + gathered
+    tokens = batch * TOKENS * WIDTH * 4  # bytes of one frame
+    gathered, merged = 2 * tokens * (frames - frames // ranks), 2 * tokens * frames // ranks
+    assert 0 <= layer[True] - (layer[False] // ranks + gathered + merged) < 0.15 * merged  # LSE and weights
 
 
 # ---- on several processes: copies, files, refusals ------------------------------------------------------------------
@@ -592,13 +592,16 @@ def batches_and_frames_learn_what_one_process_learns(mesh: DeviceMesh) -> None:
     mean = torch.zeros(1)
     distributed.reduce_scatter(mean, torch.ones(4), op=dist.ReduceOp.AVG)  # 4 in torch 2.7, whose gloo sums instead
     world = dist.init_device_mesh("cpu", (4,))
+    meshes = (
+        (world, mesh) if mean == 1 else (world,)
+    )  # the gloo of torch 2.7 has no average for a mesh of two dimensions
     half = slice(2, 4) if mesh["batch"].get_local_rank() else slice(0, 2)
     cases = [("append", attention) for attention in ("kmt", "kmct", "frame_window", recent)]
     for placement, attention in (*cases, ("interleave", "kmct"), ("replace", "causal")):
         single = patched(attention, placement)
         model = parallel(single, mesh["frames"])
         learn(DistributedDataParallel(model), model, single, half, 8)
-        for shards in (world, mesh):  # the whole sharded by four; and sharded over frames, replicated over batches
+        for shards in meshes:  # the whole sharded by four; and sharded over frames, replicated over batches
             model = parallel(single, mesh["frames"])
             for block in (*(m for m in model.modules() if isinstance(m, VideoBlock)), *model.temporal_encoder.blocks):
                 fully_shard(block, mesh=shards)
