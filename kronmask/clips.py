@@ -30,6 +30,8 @@ class Clips:
         frames: frames T of each sequence, which may be symbolic.
     """
 
+    whole = True  # whether a batch has all frames of its clips
+
     def __init__(self, frames: int) -> None:
         self.frames = frames
 

@@ -174,21 +174,14 @@ class KronMask:
     ) -> KronMask:
         """The rectangular mask of some query frames against some key frames (streaming, frame-parallel).
 
-        `masks.kmct(8, 197).select(query=slice(6, 8))` is the mask of the last two frames against all eight. Frames are a
-        slice, or their numbers in the order in which they come.
+        `masks.kmct(8, 197).select(query=slice(6, 8))` is the mask of the last two frames against all eight, and so is
+        `select(query=[6, 7])`: the frames are a slice of all, or their numbers, in any order.
 
         Raises:
-            ValueError: no frames, or frames that the mask does not have.
+            ValueError: no frame is selected, or a number is not that of a frame.
         """
-        rows, columns = range(self.query_frames), range(self.key_frames)
-        try:
-            rows_, columns_ = (
-                all_frames[chosen] if isinstance(chosen, slice) else [all_frames[frame] for frame in chosen]
-                for all_frames, chosen in ((rows, query), (columns, key))
-            )
-        except IndexError:
-            raise ValueError(f"query={query} and key={key} are not all frames of {self!s}") from None
-        codes = [[self.codes[row][column] for column in columns_] for row in rows_]
+        queries, keys = _frames(query, self.query_frames, "query"), _frames(key, self.key_frames, "key")
+        codes = [[self.codes[q][k] for k in keys] for q in queries]
         if not codes or not codes[0]:
             raise ValueError(f"query={query} and key={key} select no frames of {self!s}")
         return self._with(codes, [self.factor(FIRST_PATTERN + i) for i in range(len(self.palette))])
@@ -402,6 +395,16 @@ def _pair(value: int | tuple[int, int], name: str, minimum: int) -> tuple[int, i
     if len(pair) != 2 or any(isinstance(v, bool) or not hasattr(v, "__index__") or v < minimum for v in pair):
         raise ValueError(f"{name} must be an int of at least {minimum}, or a (query, key) pair of them, not {value!r}")
     return index(pair[0]), index(pair[1])
+
+
+def _frames(selected: slice | Sequence[int], frames: int, name: str) -> Sequence[int]:
+    """The numbers of the selected frames."""
+    if isinstance(selected, slice):
+        return range(frames)[selected]
+    numbers = [index(number) for number in selected]
+    if wrong := [number for number in numbers if not 0 <= number < frames]:
+        raise ValueError(f"{name}={selected} selects frame {wrong[0]}, but the {name} frames are 0 to {frames - 1}")
+    return numbers
 
 
 def _canonical_factors(palette: Sequence[Any], query_tokens: int, key_tokens: int) -> list[bytes | int]:

@@ -55,6 +55,8 @@ class FrameStream:
             raise ValueError(f"length must be a number of frames of at least 1, not {length!r}")
         self.encoder: Any = encoders[0]
         self.model = model
+        if self.encoder.temporal_encoder.frame_group is not None:
+            raise ValueError("a stream has its frames in one process; turn frame_parallel(model, None) first")
         masks = _masks_of(self.encoder.temporal_encoder)
         fixed = [mask.attention for mask in masks if isinstance(mask.attention, KronMask)]
         if fixed and not repeat:

@@ -164,12 +164,15 @@ def test_select_is_slicing_of_the_dense_frames(mask, data):
 
 
 @given(kron_masks(), st.data())
-def test_select_takes_frames_in_any_order(mask, data):
-    rows = data.draw(st.lists(st.integers(0, mask.query_frames - 1), min_size=1, max_size=6))
-    columns = data.draw(st.lists(st.integers(0, mask.key_frames - 1), min_size=1, max_size=6))
-    dense = frames_part(mask).unflatten(0, (-1, mask.query_tokens)).unflatten(2, (-1, mask.key_tokens))
-    expected = dense[rows][:, :, columns].flatten(2, 3).flatten(0, 1)
-    assert torch.equal(frames_part(mask.select(query=rows, key=columns)), expected)
+def test_select_of_numbers_takes_these_frames_in_their_order(mask, data):
+    queries = data.draw(st.lists(st.integers(0, mask.query_frames - 1), min_size=1, max_size=6))
+    keys = data.draw(st.lists(st.integers(0, mask.key_frames - 1), min_size=1, max_size=6))
+    rows = [q * mask.query_tokens + n for q in queries for n in range(mask.query_tokens)]
+    columns = [k * mask.key_tokens + n for k in keys for n in range(mask.key_tokens)]
+    part = mask.select(query=queries, key=tuple(keys))
+    assert torch.equal(frames_part(part), frames_part(mask)[rows][:, columns])
+    assert part.prefix == mask.prefix
+    assert mask.select(query=range(mask.query_frames)) == mask.select() == mask
 
 
 def test_masks_cannot_be_changed():
@@ -201,7 +204,9 @@ def test_kmt_by_hand():
         (lambda: masks.kmt(3, 4) & masks.kmt(3, 4, prefix=1), "different sizes"),
         (lambda: masks.kmt(0, 4), "frames"),
         (lambda: masks.kmt(3, 4).select(query=slice(3, 4)), "select no frames"),
-        (lambda: masks.kmt(3, 4).select(key=[0, 3]), "are not all frames"),
+        (lambda: masks.kmt(3, 4).select(query=[]), "select no frames"),
+        (lambda: masks.kmt(3, 4).select(key=[0, 3]), r"key=\[0, 3\] selects frame 3, but the key frames are 0 to 2"),
+        (lambda: masks.kmt(3, 4).select(query=[-1]), "selects frame -1"),
         (lambda: masks.neighborhood(2, 7), "grid"),
         (lambda: masks.neighborhood(2, 7, grid=(3, 3)), "does not fit"),
         (lambda: masks.frame_window(3, 4, radius=-1), "radius"),

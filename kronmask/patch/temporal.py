@@ -70,6 +70,7 @@ class TemporalEncoder(nn.Module):
         self.first = min((*residuals, *self.replaced), default=None)  # the embedding is added in front of this block
         self.checkpointing = False
         self.channels: int | None = None  # of the images, where the model says
+        self.frame_group: Any = None  # the ranks that share the frames of a clip, of `kronmask.distributed`
         self.clips: dict[int, Clips] = {}  # frames in a batch -> their clips, of the latest forward of that size
 
     def place(self, index: int) -> Place:

@@ -326,7 +326,13 @@ class TubeDropout(Patched):
         """Frames `(B*T, N, D)`, in training with fewer tokens; kept indices, where the image class returns them."""
         if not self.training:
             return super().forward(x, *args)
-        frames = _clips_of(self.temporal_link.encoder, x.shape[0]).frames
+        clips = _clips_of(self.temporal_link.encoder, x.shape[0])
+        if not clips.whole and getattr(self, "prob", None) != 0:
+            raise ValueError(
+                f"patch dropout ({type(self).__qualname__}) would drop other patches in each part of a clip; set it to 0 to "
+                "train on parts of clips"
+            )
+        frames = clips.frames
         wide = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2)  # (B, N, T*D)
         output = super().forward(wide, *args)
         kept = output[0] if isinstance(output, tuple) else output
@@ -403,10 +409,16 @@ class VideoEncoder(Patched):
         if args and type(self).family.per_image:  # by name, since `_prepare` looks for them by name
             bound = inspect.signature(method).bind_partial(self, images, *args, **kwargs)
             args, kwargs = (), dict(list(bound.arguments.items())[2 : 2 + len(args)], **kwargs)
-        if clips is None and isinstance(images, (list, tuple)):
+        group = self.temporal_encoder.frame_group
+        if group is not None:
+            group.check(
+                images
+            )  # before anything that one rank alone could refuse; a list of clips is refused by `_as_video`
+        elif clips is None and isinstance(images, (list, tuple)):
             images, clips = _packed(images, entry, self.temporal_encoder.channels)
         video = _as_video(images, entry, self.temporal_encoder.channels)
-        clips = Clips(video.shape[1]) if clips is None else clips
+        if clips is None:
+            clips = Clips(video.shape[1]) if group is None else group.clips(video.shape[1])
         count = video.shape[0] * video.shape[1]
         outer = _running.encoder, _running.images, _running.clips, _running.block, _running.grad
         _running.encoder, _running.images, _running.clips, _running.block = self, count, clips, None
