@@ -210,10 +210,11 @@ def ddp_over_the_frames_learns_what_one_process_learns(mesh: DeviceMesh) -> None
     )
     cases = [("append", attention, "timm") for attention in ("kmt", "kmct", "frame_window", recent, "joint", torn)]
     cases += [("interleave", "kmct", "timm"), ("interleave", torn, "timm"), ("replace", recent, "timm")]
+    cases += [("append", ["kmct", "axial"], "timm"), ("replace", ["causal", "joint"], "timm")]
     if ranks == 2:
         cases += [(placement, "kmct", "transformers") for placement in PLACEMENTS]
-    for placement, attention, name in cases:
-        single = patched(attention, placement, name)
+    for number, (placement, attention, name) in enumerate(cases):
+        single = patched(attention, placement, name, temporal_embedding="rotary" if number % 2 else True)
         model = parallel(single, mesh)
         learn(DistributedDataParallel(model), model, single, slice(None), 8)
         if attention in ("kmct", "frame_window"):
@@ -387,7 +388,7 @@ def attention_to_own_frames_hides_both_collectives(mesh: DeviceMesh) -> None:
             setattr(distributed, name, partial(start, name))
         distributed._Gather.wait = noted  # type: ignore[method-assign]
         with Recorder(events):
-            clips.attend(None, query, key, value, model.temporal_encoder.blocks[0].attn.mask, TOKENS).sum().backward()
+            clips.attend(query, key, value, model.temporal_encoder.blocks[0].attn.mask, TOKENS).sum().backward()
     finally:
         for name, original in starts.items():
             setattr(distributed, name, original)
