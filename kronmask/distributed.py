@@ -195,8 +195,8 @@ class FrameGroup:
         self.ranks = mesh.size()
         self.rank = dist.get_rank(self.group)
         self.causal = causal
-        on_cpu = "cpu" in dist.get_backend_config(self.group)  # then the check of shapes waits for no GPU
-        self.header_device = torch.device("cpu" if on_cpu else mesh.device_type)
+        cpu = torch.device("cpu")  # its backend, if the group has one, checks shapes without waiting for a GPU
+        self.header_device = cpu if cpu in self.group._device_types else torch.device(mesh.device_type)
 
     def deal(self, frames: int) -> list[list[int]]:
         """The numbers of the frames that each rank holds."""
@@ -210,7 +210,9 @@ class FrameGroup:
     def check(self, images: Any) -> None:
         """Raises on every rank unless all have inputs of one shape and dtype, and all or none record gradients.
 
-        One gather of 9 numbers in each forward: a rank that has met its shape before cannot know that another has a new one.
+        One gather of 9 numbers in each forward: a rank that has met its shape before cannot know that another has a new one. It
+        goes through the CPU if the group has a backend there, as after `init_process_group("cpu:gloo,cuda:nccl")`; else each
+        forward waits once for its GPU.
 
         Raises:
             ValueError: they do not agree.
