@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from claver import DEMO_CHECKPOINT
 from claver.prompt_command import add_commands
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from claver.model import Claver
 
 CONFIGS = Path(__file__).parent / "claver" / "configs"
-DEMO_CHECKPOINT = "runs/demo/claver.pt"
 
 
 def main(arguments: list[str] | None = None) -> int:
