@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     choice = _texts(options, content)
     _note(f"texts of {len(choice.classes)} classes: {choice.description}")
     text_features = encode_prompts(model, tokens_of(choice.prompts, model))
-    classifier = StreamClassifier(model, config.model, config.augment, text_features, average=options.average)
+    classifier = StreamClassifier(model, config.model.frames, config.augment, text_features, average=options.average)
     if classifier.stream.length is not None:
         _note(_why_it_begins_anew(config.model))
     sources = [
@@ -113,7 +113,8 @@ def _stream(
                 if options.plot:
                     curves.add(classifier.frames - 1, probabilities)
                 if video is not None:
-                    picture = annotate(image, top, f"{Path(source.name).name}  {name}")
+                    numbered = f"frame {name}" if isinstance(name, int) else name
+                    picture = annotate(image, top, f"{Path(source.name).name}  {numbered}")
                     with _whole():
                         video.add(picture, options.fps or source.rate or DEFAULT_RATE)
             if len(sources) > 1 and classifier.stream.frames_seen != [0] and not options.json:

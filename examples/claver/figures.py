@@ -289,7 +289,7 @@ def plot_probabilities(
     for height, place, color, end in zip(_spread(ends, 0.085), shown, PALETTE, ends, strict=False):
         axes.annotate(f"{classes[place]}  {end:.0%}", (1.02, height), xycoords=("axes fraction", "data"), fontsize=9,
                       color=color, va="center")  # fmt: skip
-    axes.set_xlabel("frame", fontsize=9, color=MUTED)
+    axes.set_xlabel("frames taken", fontsize=9, color=MUTED)
     axes.margins(x=0.02)
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])

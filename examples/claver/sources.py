@@ -118,8 +118,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 def natural_order(name: str) -> tuple[Any, ...]:
     """A key for sorting names so that frame2 comes before frame10."""
-    parts = re.split(r"(\d+)", name)
-    return (*((part.lower(), 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)), (name, 0))
+    parts = re.split(r"(\d+)", name)  # text and numbers by turns
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)], name
 
 
 def _ordinal(number: int) -> str:

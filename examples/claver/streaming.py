@@ -13,25 +13,22 @@ from torch.nn import functional as F
 from kronmask.stream import FrameStream
 
 from .augment import AugmentConfig, crop_views
-from .config import ModelConfig
 from .evaluate import feature_probabilities
 from .model import Claver
 
 __all__ = ["StreamClassifier", "open_stream"]
 
 
-def open_stream(model: Claver, config: ModelConfig) -> FrameStream:
-    """A stream without an end where the model allows it, else one whose `length` is that of a training clip.
+def open_stream(model: Claver, frames: int) -> FrameStream:
+    """A stream without an end where the model allows it, else one whose `length` is that of a training clip, `frames`.
 
     Raises:
         ValueError: a model whose frames see later ones.
     """
-    if config.temporal_embedding is not True:
-        try:
-            return FrameStream(model.clip.visual)
-        except ValueError:
-            pass  # its mask has no window, or it looks ahead, of which the error below tells
-    return FrameStream(model.clip.visual, length=config.frames)
+    try:
+        return FrameStream(model.clip.visual)
+    except ValueError:  # a learned embedding, or no window; a mask that looks ahead is refused again
+        return FrameStream(model.clip.visual, length=frames)
 
 
 class StreamClassifier:
@@ -41,10 +38,10 @@ class StreamClassifier:
 
     Args:
         model: in evaluation mode.
-        config: of the model.
+        frames: of a training clip.
         augment: how evaluation prepares frames; the centre is taken.
         text_features: `(A, C, E)`, as `evaluate.encode_prompts` gives, on the device of the model.
-        average: frames that the mean is over; None: those of a training clip.
+        average: frames that the mean is over; None: as many as a training clip has.
 
     Raises:
         ValueError: a model whose frames see later ones, or an average over less than one frame.
@@ -53,7 +50,7 @@ class StreamClassifier:
     def __init__(
         self,
         model: Claver,
-        config: ModelConfig,
+        frames: int,
         augment: AugmentConfig,
         text_features: Tensor,
         *,
@@ -62,8 +59,8 @@ class StreamClassifier:
         if average is not None and average < 1:
             raise ValueError(f"the mean must be over at least 1 frame, not {average}")
         self.model, self.augment, self.text_features = model, augment, text_features
-        self.stream = open_stream(model, config)
-        self._features: deque[Tensor] = deque(maxlen=average or config.frames)
+        self.stream = open_stream(model, frames)
+        self._features: deque[Tensor] = deque(maxlen=average or frames)
         self._device = text_features.device
         self.frames = 0
         self.seconds = 0.0  # in the model, for all frames
