@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from claver.streaming import StreamClassifier
     from torch import Tensor
 
+MOST_BARS = 10  # in an annotated video
 DEFAULT_RATE = 10.0  # frames per second of an annotated video whose source has no rate of its own
 
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the stream has begun, or a second time while files are finished
+        return 130
     return 0
 
 
@@ -55,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         import matplotlib  # noqa: F401  (if it is missing, better now than at the end)
 
+        if Path(options.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"{options.plot}: give the picture a name that ends in .png, .svg or .pdf")
         if Path(options.plot).exists() and not options.overwrite:
             raise ValueError(f"{options.plot}: is there already; pass --overwrite, or another name")
     video = AnnotatedVideo(options.out, overwrite=options.overwrite) if options.out else None
@@ -114,7 +119,7 @@ def _stream(
                     curves.add(classifier.frames - 1, probabilities)
                 if video is not None:
                     numbered = f"frame {name}" if isinstance(name, int) else name
-                    picture = annotate(image, top, f"{Path(source.name).name}  {numbered}")
+                    picture = annotate(image, top[:MOST_BARS], f"{Path(source.name).name}  {numbered}")
                     with _whole():
                         video.add(picture, options.fps or source.rate or DEFAULT_RATE)
             if len(sources) > 1 and classifier.stream.frames_seen != [0] and not options.json:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -75,7 +75,7 @@ class AnnotatedVideo:
 
     Raises:
         ValueError: another ending, or a file that is there already.
-        OSError: a folder that cannot be written to.
+        OSError: a folder that cannot be written to, a full disk.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -90,14 +90,15 @@ class AnnotatedVideo:
 
     def add(self, picture: np.ndarray, rate: float) -> None:
         """Encode the next picture, uint8 RGB `(H, W, 3)` with even sides; the first one's rate, per second, is the file's."""
-        if self._container is None:
-            self._open(picture, rate)
-        stream = self._stream
-        if picture.shape[:2] != (stream.height, stream.width):
-            picture = _fitted(picture, stream.width, stream.height)
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-        frame.pts, frame.time_base = self.frames, stream.codec_context.time_base
-        self._container.mux(stream.encode(frame))
+        with self._named_errors():
+            if self._container is None:
+                self._open(picture, rate)
+            stream = self._stream
+            if picture.shape[:2] != (stream.height, stream.width):
+                picture = _fitted(picture, stream.width, stream.height)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = self.frames, stream.codec_context.time_base
+            self._container.mux(stream.encode(frame))
         self.frames += 1
 
     def close(self) -> None:
@@ -110,21 +111,21 @@ class AnnotatedVideo:
             return
         container, self._container = self._container, None
         try:
-            container.mux(self._stream.encode(None))
-            container.close()
+            with self._named_errors():
+                container.mux(self._stream.encode(None))
+                container.close()
         except BaseException:
             self.partial.unlink(missing_ok=True)
             raise
         self._refuse_existing(f"; the new one is {self.partial}")
         os.replace(self.partial, self.path)
 
-    def __enter__(self) -> AnnotatedVideo:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise OSError(f"{self.path}: cannot be written ({error})") from error
 
     def _open(self, picture: np.ndarray, rate: float) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def open_source(
     step = max(1, info.num_frames // frames) if every is None else every
     start = min(step // 2, info.num_frames - 1)
     pictures = iterate_frames(info, every=step, start=start)
-    reason = ", as far apart as in training" if every is None and step > 1 else ""
+    reason = (
+        f": {frames} or a few more, as in a training clip; --every 1 takes all" if every is None and step > 1 else ""
+    )
     described = f"each {_ordinal(step)}of {info.num_frames} frames of {name}{reason}"
     return Source(name, described, pictures, info.fps / step if info.fps else None)
 
@@ -133,25 +136,17 @@ def _each(frames: Frames, every: int) -> Frames:
     return (frame for i, frame in enumerate(frames) if i % every == every // 2)
 
 
-def _found(folder: str) -> dict[str, tuple[int, int]]:
-    """Size in bytes and time of change of each image file in a folder; hidden ones are other programs' temporary files."""
+def _image_names(folder: str) -> set[str]:
+    """Image files in a folder; hidden ones are other programs' temporary files."""
     try:
-        with os.scandir(folder) as entries:
-            named = [e for e in entries if e.name.lower().endswith(IMAGES) and not e.name.startswith(".")]
-            found = {}
-            for entry in named:
-                try:
-                    stat = os.stat(entry.path)
-                except FileNotFoundError:  # removed or renamed meanwhile
-                    continue
-                found[entry.name] = (stat.st_size, stat.st_mtime_ns)
-            return found
+        names = os.listdir(folder)
     except OSError as error:
         raise VideoError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+    return {name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")}
 
 
 def _images(folder: str) -> Frames:
-    names = sorted(_found(folder), key=natural_order)
+    names = sorted(_image_names(folder), key=natural_order)
     if not names:
         raise VideoError(f"{folder}: no images in this folder ({', '.join(IMAGES)}); --watch waits for them")
     return ((name, read_image(Path(folder, name))) for name in names)
@@ -162,12 +157,13 @@ def _watched_images(folder: str, idle: float | None, say: Callable[[str], None])
     before: dict[str, tuple[int, int]] = {}
     waiting, last = "", time.monotonic()
     while True:
-        found = _found(folder)
-        taken &= found.keys()  # what has been removed need not be remembered
-        last = last if found == before else time.monotonic()
+        names = _image_names(folder)
+        taken &= names  # what has been removed need not be remembered
+        new = _states(folder, names - taken)
+        last = last if new == before else time.monotonic()
         damaged = None
-        for name in sorted(found.keys() - taken, key=natural_order):
-            if before.get(name) != found[name]:  # perhaps still being written; those after it wait, to keep the order
+        for name in sorted(new, key=natural_order):
+            if before.get(name) != new[name]:  # perhaps still being written; those after it wait, to keep the order
                 break
             try:
                 image = read_image(Path(folder, name))
@@ -180,12 +176,22 @@ def _watched_images(folder: str, idle: float | None, say: Callable[[str], None])
             taken.add(name)
             yield name, image
             last = time.monotonic()
-        before = found
+        before = {name: state for name, state in new.items() if name not in taken}
         if idle is not None and time.monotonic() - last > idle:
             if damaged is not None:
                 raise damaged
             return
         time.sleep(POLL)
+
+
+def _states(folder: str, names: set[str]) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change of files, without those that have been removed meanwhile."""
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            stat = os.stat(Path(folder, name))
+            found[name] = (stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def _camera(name: str) -> Frames:

@@ -355,6 +355,7 @@ def test_errors_that_come_before_the_model_is_loaded(tmp_path, video, capsys, mo
         ([video, "--checkpoint", "no.pt"], "no.pt: no such checkpoint"),
         ([video, "--checkpoint", "no.pt", "--out", "x.avi"], "x.avi: annotated videos are mp4 files"),
         ([video, "--checkpoint", "no.pt", "--out", video, "--overwrite"], "is a source"),
+        ([video, "--checkpoint", "no.pt", "--plot", "x.mp4"], "x.mp4: give the picture a name that ends in .png"),
     ):
         assert stream.main(arguments) == 1
         error = capsys.readouterr().err.splitlines()
