@@ -96,9 +96,8 @@ def open_source(
     step = max(1, info.num_frames // frames) if every is None else every
     start = min(step // 2, info.num_frames - 1)
     pictures = iterate_frames(info, every=step, start=start)
-    reason = (
-        f": {frames} or a few more, as in a training clip; --every 1 takes all" if every is None and step > 1 else ""
-    )
+    count = len(range(start, info.num_frames, step))
+    reason = f": {count}, as in a training clip; --every 1 takes all" if every is None and step > 1 else ""
     described = f"each {_ordinal(step)}of {info.num_frames} frames of {name}{reason}"
     return Source(name, described, pictures, info.fps / step if info.fps else None)
 
