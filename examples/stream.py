@@ -122,7 +122,7 @@ def _stream(
                     picture = annotate(image, top[:MOST_BARS], f"{Path(source.name).name}  {numbered}")
                     with _whole():
                         video.add(picture, options.fps or source.rate or DEFAULT_RATE)
-            if len(sources) > 1 and classifier.stream.frames_seen != [0] and not options.json:
+            if len(sources) > 1 and any(classifier.stream.frames_seen) and not options.json:
                 tqdm.write(f"{source.name}: {_in_words(top)}", file=sys.stdout)
     except KeyboardInterrupt:
         _note("ended by Ctrl-C")
