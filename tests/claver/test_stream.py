@@ -218,28 +218,34 @@ def test_images_are_upright_rgb_of_eight_bits(tmp_path):
 def test_dropped_images_are_taken_in_order_and_waited_for_while_they_are_written(
     checkpoint, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sources, "POLL", 0.01)
-    whole = tmp_path / "whole"
+    whole, folder, tried = tmp_path / "whole", tmp_path / "dropped", []
     write_images(whole, [f"{i}.png" for i in range(5)])
-    folder = tmp_path / "dropped"
     write_images(folder, ["0.png"])
+    monkeypatch.setattr(sources, "POLL", 0.01)
+    monkeypatch.setattr(sources, "read_image", lambda path: tried.append(path.name) or read_image(path))
+
+    def until_tried(name):
+        end = time.monotonic() + 30
+        while name not in tried and time.monotonic() < end:
+            time.sleep(0.005)
 
     def drop():
-        for number in range(1, 5):
-            content = (whole / f"{number}.png").read_bytes()
-            with open(folder / f"{number}.png", "wb") as file:
-                file.write(content[: len(content) // 2])
-                file.flush()
-                time.sleep(0.1 if number == 2 else 0)
-                if number == 2:  # one that comes later is whole first
-                    (folder / "3.png").write_bytes((whole / "3.png").read_bytes())
-                    time.sleep(0.1)
-                file.write(content[len(content) // 2 :])
-            time.sleep(0.03)
+        until_tried("0.png")
+        (folder / "1.png").write_bytes((whole / "1.png").read_bytes())
+        content = (whole / "2.png").read_bytes()
+        with open(folder / "2.png", "wb") as file:
+            file.write(content[:-50])
+            file.flush()
+            until_tried("2.png")
+            (folder / "3.png").write_bytes((whole / "3.png").read_bytes())  # comes later, but is whole first
+            time.sleep(0.1)
+            file.write(content[-50:])
+        until_tried("3.png")
+        (folder / "4.png").write_bytes((whole / "4.png").read_bytes())
 
     thread = threading.Thread(target=drop)
     thread.start()
-    assert stream.main([str(folder), "--watch", "--idle", "1", "--checkpoint", checkpoint, "--json", "--top", "9"]) == 0
+    assert stream.main([str(folder), "--watch", "--idle", "2", "--checkpoint", checkpoint, "--json", "--top", "9"]) == 0
     thread.join()
     printed = capsys.readouterr()
     records = [json.loads(line) for line in printed.out.splitlines()]
@@ -247,6 +253,31 @@ def test_dropped_images_are_taken_in_order_and_waited_for_while_they_are_written
     assert f"waiting for {folder}/2.png" in printed.err
     same = stream_json(capsys, str(whole), "--checkpoint", checkpoint, "--top", "9")
     assert [record["top"] for record in records] == [record["top"] for record in same]
+
+
+def test_a_file_is_read_once_it_has_stopped_changing_and_idle_time_begins_anew_with_each_change(tmp_path, monkeypatch):
+    """Each look into the folder, a second of its clock apart, finds what the step before it has left."""
+    content = Path(write_images(tmp_path / "whole", ["a.png"]), "a.png").read_bytes()
+    folder, tried, said = tmp_path / "dropped", [], []
+    folder.mkdir()
+    steps = {2: content[:100], 3: content[:150], 6: content}  # by the number of the look that finds it
+    look = 0
+
+    def sleep(seconds):
+        nonlocal look
+        look += 1
+        if look in steps:
+            (folder / "a.png").write_bytes(steps[look])
+
+    monkeypatch.setattr(sources, "time", types.SimpleNamespace(monotonic=lambda: look, sleep=sleep))
+    monkeypatch.setattr(sources, "read_image", lambda path: tried.append(look) or read_image(path))
+    frames = open_source(str(folder), frames=4, watch=True, idle=4, say=said.append).frames
+    assert next(frames)[0] == "a.png"
+    assert tried == [4, 5, 7]
+    assert len(said) == 1
+    assert [*frames] == []
+    assert look == 12  # more than four seconds after the seventh
+    assert tried == [4, 5, 7]
 
 
 def test_a_file_that_stays_damaged_ends_the_watch_with_its_name(checkpoint, tmp_path, capsys, monkeypatch):
