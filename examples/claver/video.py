@@ -179,7 +179,7 @@ def iterate_frames(info: VideoInfo, *, every: int = 1, start: int = 0) -> Iterat
     with _open(info.path) as (container, stream):
         for count, frame in enumerate(_decode(container, stream)):
             i = position.get(frame.pts, -1) if position else count
-            if i < 0:  # outside the edit list: not shown
+            if i < 0:  # none of those that `probe` has counted; `read_frames` passes over it too
                 continue
             if i != reached:
                 break

@@ -26,7 +26,7 @@ from claver.train import tokens_of
 from claver.video import VideoError, iterate_frames, probe, read_frames
 from PIL import Image
 from small import small_model
-from video_files import decode_all, numbered_frame, read_numbers, write_video
+from video_files import copy_from, decode_all, numbered_frame, read_numbers, write_video
 
 CLASSES = ["moving left", "moving right", "growing", "turning", "falling"]
 PROMPTS = [[f"a video of {name}." for name in CLASSES], CLASSES]
@@ -419,6 +419,15 @@ def test_frames_in_sequence_are_those_by_number(tmp_path, settings):
         assert np.array_equal(np.stack([image for _, image in found]), read_frames(info, numbers).numpy())
 
 
+def test_frames_outside_the_edit_list_are_not_streamed(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", 20, gop=20)
+    info = probe(copy_from(whole, tmp_path / "edited.mp4", seconds=0.2))
+    found = [*iterate_frames(info)]
+    assert info.num_frames == 15
+    assert [i for i, _ in found] == [*range(15)]
+    assert read_numbers(np.stack([image for _, image in found])) == [*range(5, 20)]
+
+
 def test_a_file_that_has_become_shorter_ends_with_an_error(tmp_path):
     info = probe(write_video(tmp_path / "video.mp4", 10))
     write_video(tmp_path / "video.mp4", 7)
@@ -502,7 +511,7 @@ def test_videos_of_other_sizes_are_fitted_into_the_first(checkpoint, video, tmp_
     assert pictures[-1].std() > 20
 
 
-@pytest.mark.parametrize("size", [(64, 64), (1, 1), (33, 501), (900, 31), (1080, 1920)])
+@pytest.mark.parametrize("size", [(64, 64), (1, 1), (301, 333), (33, 501), (900, 31), (1080, 1920)])
 def test_annotated_pictures_have_room_for_text_and_sides_that_can_be_encoded(size):
     image = np.full((*size, 3), 200, np.uint8)
     predicted = [("turning counter-clockwise " * 5, 0.5), ("growing", 0.25), ("none", 0.0)]
