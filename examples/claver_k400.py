@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from claver import DEMO_CHECKPOINT
 from claver.prompt_command import add_commands
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from claver.model import Claver
 
 CONFIGS = Path(__file__).parent / "claver" / "configs"
-DEMO_CHECKPOINT = "runs/demo/claver.pt"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,18 +69,15 @@ def run_predict(options: argparse.Namespace) -> int:
     import torch
     from claver.data import read_labels
     from claver.evaluate import predict_files
-    from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
+    from claver.prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
     from claver.train import tokens_of
 
     if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
         raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first, or pass --checkpoint")
     model, content, config = _load(options)
     if options.labels:
-        # sentences of a file or a data set are of other classes, unless this command names them
         named = any(setting.startswith("data.prompts=") for setting in options.set or [])
-        kept = named or config.data.prompts in ("names", "templates", None)
-        data = config.data if kept else dataclasses.replace(config.data, prompts="auto")
-        choice = choose_prompts(dataclasses.replace(config, data=data), read_labels(options.labels))
+        choice = choose_prompts_of_others(config, read_labels(options.labels), keep=named)
     else:
         choice = choose_prompts_of_checkpoint(config, content, need_labels=False)
     print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)

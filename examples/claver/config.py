@@ -27,6 +27,8 @@ __all__ = [
     "to_dict",
 ]
 
+WINDOWED = ("causal", "kmct")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -63,6 +65,9 @@ class ModelConfig:
 
     `name` is an open_clip architecture and `pretrained` a tag or a file of weights. With `vision` and `text` (arguments of
     open_clip's CLIPVisionCfg and CLIPTextCfg) and `embed_dim`, the model is made from these and `name` is only a label.
+
+    Raises:
+        ValueError: a window or sink of a mask that has none, or an unknown temporal embedding.
     """
 
     name: str = "ViT-B-32"
@@ -73,15 +78,33 @@ class ModelConfig:
     text: dict[str, Any] | None = None
     frames: int = 8
     attention: str = "kmt"
+    window: int | None = (
+        None  # frames that a frame sees, its own among them; of causal and kmct; None: all earlier ones
+    )
+    sink: int = 0  # of the first frames, which are seen beyond the window
     placement: str = "append"
     layers: int | None = None  # temporal blocks; None: depth // 3
     init: str = "random"
-    temporal_embedding: bool = True
+    temporal_embedding: bool | str = True  # a learned vector for each frame, False for none, or "rotary"
     # for training from scratch, where CLIP's small initial values take long to grow; None: CLIP's and the paper's
     position_std: float | None = None
-    temporal_std: float | None = None
+    temporal_std: float | None = None  # of the learned temporal embedding
     token_std: float | None = None
     logit_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temporal_embedding not in (True, False, "rotary"):
+            raise ValueError(
+                f"model.temporal_embedding must be one of true, false, rotary, not {self.temporal_embedding!r}"
+            )
+        if (self.window is not None or self.sink) and self.attention not in WINDOWED:
+            raise ValueError(
+                f"model.window and model.sink are of attention {' and '.join(WINDOWED)}, not of {self.attention}; leave them out"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"model.window must be at least 1 frame, not {self.window}")
+        if self.sink < 0:
+            raise ValueError(f"model.sink must be at least 0 frames, not {self.sink}")
 
 
 @dataclass(frozen=True)
@@ -195,9 +218,12 @@ def _value(hint: Any, value: Any, source: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, source)
     if isinstance(hint, types.UnionType):
-        if value is None:
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        if len(options) > 1:
+            return _one_of(options, value, source)
+        hint = options[0]
     origin = typing.get_origin(hint) or hint
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_value(typing.get_args(hint)[0], item, source) for item in value)
@@ -213,6 +239,15 @@ def _value(hint: Any, value: Any, source: str) -> Any:
     if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
         raise ValueError(f"{source} must be {getattr(hint, '__name__', hint)}, not {value!r}")
     return value
+
+
+def _one_of(options: list[Any], value: Any, source: str) -> Any:
+    for option in options:
+        try:
+            return _value(option, value, source)
+        except ValueError:
+            pass
+    raise ValueError(f"{source} must be {' or '.join(option.__name__ for option in options)}, not {value!r}")
 
 
 def _fields(kind: Any) -> list[str]:

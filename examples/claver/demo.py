@@ -22,6 +22,7 @@ from tqdm import tqdm
 import kronmask
 from kronmask import masks
 
+from . import DEMO_CHECKPOINT
 from .augment import AugmentConfig
 from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
 from .data import read_labels, read_list
@@ -41,8 +42,9 @@ SIZE, FRAMES, WIDTH = 64, 8, 96
 def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: int, epochs: int) -> Config:
     """A CLIP of 2 spatial and 2 temporal blocks on 64-pixel frames of 16 patches, trained from scratch.
 
-    Without `temporal` the same four blocks see one frame each and know nothing of its place in the clip: the average of an
-    unordered set of frames, with the same parameters but the temporal embedding.
+    The window is as long as a clip, so training is as without one, and a stream of the model needs no end. Without `temporal`
+    the same four blocks, with the same parameters, see one frame each and know nothing of its place in the clip: the average of
+    an unordered set of frames.
     """
     return Config(
         run_dir=str(folder / ("kmct" if temporal else "frame_average")),
@@ -66,11 +68,11 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             text={"context_length": 24, "width": 64, "heads": 2, "layers": 1},
             frames=FRAMES,
             attention="kmct" if temporal else "spatial",
+            window=FRAMES if temporal else None,
             layers=2,
-            temporal_embedding=temporal,
+            temporal_embedding="rotary" if temporal else False,
             # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
             position_std=1.0,
-            temporal_std=0.5,
             token_std=0.1,
             logit_scale=30.0,
         ),
@@ -224,6 +226,7 @@ def _report(folder: Path, results: dict[str, Any], pictures: list[Path]) -> None
     )
     for picture in pictures:
         print(f"  {picture.stem:<12} {picture}")
-    print(
-        f"\nTry it on a file:  python examples/claver_k400.py predict {folder / 'data' / 'videos' / 'test_00000.mp4'}"
-    )
+    video, checkpoint = shlex.quote(str(folder / "data" / "videos" / "test_00000.mp4")), folder / "claver.pt"
+    chosen = "" if checkpoint == Path(DEMO_CHECKPOINT) else f" --checkpoint {shlex.quote(str(checkpoint))}"
+    print(f"\nTry it on a file:      python examples/claver_k400.py predict {video}{chosen}")
+    print(f"and frame by frame:    python examples/stream.py {video} --out annotated.mp4{chosen}")

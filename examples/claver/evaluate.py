@@ -18,7 +18,7 @@ from .augment import AugmentConfig
 from .data import Sample, TestDataset, broken_files
 from .model import Claver
 
-__all__ = ["Evaluation", "class_probabilities", "encode_prompts", "evaluate", "predict_files"]
+__all__ = ["Evaluation", "class_probabilities", "encode_prompts", "evaluate", "feature_probabilities", "predict_files"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,14 @@ def encode_prompts(model: Claver, tokens: Tensor, batch_size: int = 512) -> Tens
 @torch.no_grad()
 def class_probabilities(model: Claver, video: Tensor, text_features: Tensor) -> Tensor:
     """Probabilities `(B, C)` of videos `(B, V, T, 3, H, W)`: softmax over classes, averaged over prompts and views."""
-    logits = model.logits(model.encode_video(rearrange(video, "b v t c h w -> (b v) t c h w")), text_features)
-    return reduce(logits.float().softmax(-1), "(b v) a c -> b c", "mean", v=video.shape[1])
+    features = model.encode_video(rearrange(video, "b v t c h w -> (b v) t c h w"))
+    return reduce(feature_probabilities(model, features, text_features), "(b v) c -> b c", "mean", v=video.shape[1])
+
+
+@torch.no_grad()
+def feature_probabilities(model: Claver, video_features: Tensor, text_features: Tensor) -> Tensor:
+    """Probabilities `(B, C)` of video features `(B, E)`, as `encode_video` gives: softmax over classes, averaged over prompts."""
+    return model.logits(video_features, text_features).softmax(-1).mean(1)
 
 
 def evaluate(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_confusion", "plot_curves", "plot_film_strips", "plot_results"]
+__all__ = ["plot_confusion", "plot_curves", "plot_film_strips", "plot_probabilities", "plot_results"]
 
 DPI = 150
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#dddddd"
@@ -246,6 +246,53 @@ def plot_results(
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.axvline(0, color=MUTED, linewidth=1)
+    _save(figure, path)
+
+
+def plot_probabilities(
+    times: Sequence[int],
+    probabilities: npt.NDArray[np.floating],
+    classes: Sequence[str],
+    path: FilePath,
+    starts: Sequence[int] = (),
+    title: str = "",
+) -> None:
+    """Draws what a model says of a stream: a curve over frames for each of the classes that were ever likeliest, 6 at most.
+
+    Args:
+        times: numbers of the frames, `(T,)`, increasing.
+        probabilities: `(T, C)`, 0 to 1.
+        classes: the C names.
+        path: file to write.
+        starts: numbers of frames at which something new begins, each marked by a line.
+        title: a line above.
+
+    Raises:
+        ValueError: no frames, or sizes that do not fit each other.
+    """
+    if not len(times) or probabilities.shape != (len(times), len(classes)):
+        raise ValueError(
+            f"expected probabilities of {len(times)} frames (1 or more) and {len(classes)} classes, got {probabilities.shape}"
+        )
+    shown = np.argsort(-probabilities.max(0), kind="stable")[: len(PALETTE)]
+    end_room = 0.085 * (max(len(classes[i]) for i in shown) + 5) + 0.3
+    figure = _figure(6.9 + end_room, 3.3)
+    _title(figure, title)
+    axes: Any = figure.add_axes(_box(figure, 0.6, 0.55, 6.1, 2.3))
+    _plain(axes)
+    for start in starts:
+        axes.axvline(start, color=OTHER, linewidth=0.8, zorder=0)
+    dots = "o" if len(times) <= 40 else None
+    for place, color in zip(shown, PALETTE, strict=False):
+        axes.plot(times, probabilities[:, place], color=color, linewidth=2, marker=dots, markersize=4)
+    ends = probabilities[-1, shown]
+    for height, place, color, end in zip(_spread(ends, 0.085), shown, PALETTE, ends, strict=False):
+        axes.annotate(f"{classes[place]}  {end:.0%}", (1.02, height), xycoords=("axes fraction", "data"), fontsize=9,
+                      color=color, va="center")  # fmt: skip
+    axes.set_xlabel("frames taken", fontsize=9, color=MUTED)
+    axes.margins(x=0.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     _save(figure, path)
 
 

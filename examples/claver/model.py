@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronmask import patch_vit, temporal_parameters
+from kronmask import masks, patch_vit, temporal_parameters
 
 from .config import ModelConfig
 
@@ -70,10 +71,14 @@ def build_model(config: ModelConfig) -> Claver:
         clip: Any = open_clip.CLIP(config.embed_dim, copy.deepcopy(vision), text, quick_gelu=config.quick_gelu)
     else:
         clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+    windowed = config.window is not None or config.sink
+    mask = (
+        partial(masks.NAMES[config.attention], window=config.window, sink=config.sink) if windowed else config.attention
+    )
     patch_vit(
         clip,
         frames=config.frames,
-        attention=config.attention,
+        attention=mask,
         placement=config.placement,
         layers=config.layers,
         init=config.init,
@@ -82,7 +87,7 @@ def build_model(config: ModelConfig) -> Claver:
     initial = {"visual.positional_embedding": config.position_std, "token_embedding.weight": config.token_std}
     if config.token_std is not None:
         initial["positional_embedding"] = config.token_std / 2  # of the text; CLIP's own ratio
-    if config.temporal_embedding:
+    if config.temporal_embedding is True:
         initial["visual.temporal_encoder.embedding.weight"] = config.temporal_std
     for name, std in initial.items():
         if std is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from .data import read_labels
 from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
 from .prompts import ACTION_TEMPLATES, build_prompts
 
-__all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint"]
+__all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint", "choose_prompts_of_others"]
 
 TEXT_SETTINGS = ("prompts", "templates", "kinds", "per_kind")
 
@@ -93,6 +94,17 @@ def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any], *, 
         return choose_prompts(config, classes)
     prompts = content["prompts"]
     return Choice(classes, prompts, config.train.prompts_per_step, f"the {len(prompts)} of its training")
+
+
+def choose_prompts_of_others(config: Config, classes: Sequence[str], *, keep: bool = False) -> Choice:
+    """The texts of other classes than those of the training.
+
+    Sentences of a file or a data set are of the training's classes, so "auto" takes their place, unless they are to be kept.
+    Errors are those of `choose_prompts`.
+    """
+    kept = keep or config.data.prompts in ("names", "templates", None)
+    data = config.data if kept else dataclasses.replace(config.data, prompts="auto")
+    return choose_prompts(dataclasses.replace(config, data=data), classes)
 
 
 def _title(dataset: str) -> str:

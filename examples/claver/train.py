@@ -257,6 +257,8 @@ def _restore(
 ) -> tuple[int, float, list[dict[str, Any]]]:
     content = load_checkpoint(path)
     ours, theirs = _flat(to_dict(config)), _flat(content.get("config", {}))
+    if theirs:  # a setting that is newer than the checkpoint was at its default
+        theirs = _flat(to_dict(Config())) | theirs
     different = [
         f"{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
         for key in sorted(ours.keys() | theirs.keys())

@@ -24,7 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-__all__ = ["VideoError", "VideoInfo", "probe", "read_frames"]
+__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe", "read_frames"]
 
 # Containers that store a presentation time with every packet and have an index to seek with.
 _TIMED_CONTAINERS = ("mov", "matroska")
@@ -163,6 +163,32 @@ def read_frames(
     for row, i in enumerate(numbers):
         out[row] = found[i]
     return torch.from_numpy(out)
+
+
+def iterate_frames(info: VideoInfo, *, every: int = 1, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode a file once from its start, a frame at a time: `(index, uint8 RGB (H, W, 3))` of each `every`-th from `start` on.
+
+    They are those of `read_frames`, and memory is that of one frame however long the video is.
+
+    Raises:
+        VideoError: a frame that is missing or that the decoder reports as damaged, when it is reached.
+    """
+    position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps or ())}
+    to_rgb = _RGB(info)
+    reached = 0
+    with _open(info.path) as (container, stream):
+        for count, frame in enumerate(_decode(container, stream)):
+            i = position.get(frame.pts, -1) if position else count
+            if i < 0:  # none of those that `probe` has counted; `read_frames` passes over it too
+                continue
+            if i != reached:
+                break
+            to_rgb.check(frame, i)
+            reached += 1
+            if i >= start and (i - start) % every == 0:
+                yield i, to_rgb(frame, i)
+    if reached < info.num_frames:
+        raise VideoError(f"{info.path}: frame {reached} of {info.num_frames} is missing or cannot be decoded")
 
 
 def _read_by_seeking(info: VideoInfo, wanted: Sequence[int], found: dict[int, np.ndarray]) -> bool:

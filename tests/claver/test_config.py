@@ -51,6 +51,17 @@ def test_overrides_and_numbers_without_a_point(tmp_path):
     assert config.augment.scales == (1.0, 0.5)
 
 
+@pytest.mark.parametrize("embedding", [True, False, "rotary"])
+def test_a_window_and_each_temporal_embedding_round_trip(tmp_path, embedding):
+    file = tmp_path / "c.yaml"
+    written = str(embedding).lower()
+    file.write_text(f"model: {{attention: kmct, window: 8, sink: 1, temporal_embedding: {written}}}\n")
+    config = load_config(file)
+    assert (config.model.window, config.model.sink) == (8, 1)
+    assert config.model.temporal_embedding is embedding or config.model.temporal_embedding == "rotary" == embedding
+    assert from_dict(to_dict(config)) == config
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -64,6 +75,17 @@ def test_overrides_and_numbers_without_a_point(tmp_path):
         ("- 1", "expected a mapping"),
         ("a: [", "not a readable YAML file"),
         ("augment: {flip: 2}", "flip is a probability"),
+        ("model: {temporal_embedding: rotari}", "temporal_embedding must be one of true, false, rotary, not 'rotari'"),
+        ("model: {temporal_embedding: 3}", "temporal_embedding must be bool or str, not 3"),
+        ("model: {temporal_embedding: null}", "temporal_embedding must be bool or str, not None"),
+        ("model: {window: 8}", "model.window and model.sink are of attention causal and kmct, not of kmt"),
+        (
+            "model: {attention: joint, sink: 1}",
+            "model.window and model.sink are of attention causal and kmct, not of joint",
+        ),
+        ("model: {attention: kmct, window: 0}", "model.window must be at least 1 frame, not 0"),
+        ("model: {attention: kmct, window: true}", "window must be int, not True"),
+        ("model: {attention: kmct, window: 8, sink: -1}", "model.sink must be at least 0 frames, not -1"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, text, message):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from claver.figures import plot_confusion, plot_curves, plot_film_strips, plot_results
+from claver.figures import plot_confusion, plot_curves, plot_film_strips, plot_probabilities, plot_results
 
 NAMES = ["moving left", "moving right", "growing"]
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 24, 3), dtype=np.uint8)
@@ -106,3 +106,18 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path: Path) -> None
     plot_results({"KMCT": 0.5}, tmp_path / "x.png")
     assert dict(matplotlib.rcParams) == before
     assert plt.get_fignums() == figures
+
+
+def test_probabilities_over_time_are_drawn_for_the_likeliest_classes(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(9)]
+    rows = np.random.default_rng(0).dirichlet(np.ones(9), 50)
+    plot_probabilities(range(50), rows, names, tmp_path / "many.png", starts=[20], title="A stream")
+    plot_probabilities([3], rows[:1, :2], names[:2], tmp_path / "one.png")
+    assert pixels(tmp_path / "many.png").shape == pixels(tmp_path / "one.png").shape
+
+
+def test_probabilities_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for times, shape in (([], (0, 2)), ([0, 1], (1, 2)), ([0], (1, 3))):
+        with pytest.raises(ValueError, match="expected probabilities of"):
+            plot_probabilities(times, np.zeros(shape), ["a", "b"], tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())

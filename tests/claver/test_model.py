@@ -7,6 +7,8 @@ from claver.model import build_model, describe_trained, freeze
 from small import small_model
 from torch.nn import functional as F
 
+from kronmask import masks
+
 
 def test_logits_are_scaled_cosines_of_the_mean_of_normalised_frames():
     model = build_model(small_model()).eval()
@@ -25,6 +27,35 @@ def test_a_third_of_the_depth_is_temporal_and_has_the_papers_mask():
     )
     assert len(model.clip.visual.temporal_encoder.blocks) == 2
     assert {repr(block.attn.mask) for block in model.clip.visual.temporal_encoder.blocks} == {"kmt"}
+
+
+@pytest.mark.parametrize("window", [4, 2])
+def test_a_window_is_that_of_the_mask(window):
+    torch.manual_seed(0)
+    model = build_model(small_model(attention="kmct", window=window, sink=0, temporal_embedding="rotary")).eval()
+    torch.manual_seed(0)
+    whole = build_model(small_model(attention="kmct", temporal_embedding="rotary")).eval()
+    video = torch.randn(1, 4, 3, 32, 32)
+    same = torch.allclose(model.frame_features(video), whole.frame_features(video), atol=1e-6)
+    assert same == (window == 4)  # in clips of four frames
+
+
+def test_a_sink_is_that_of_the_mask():
+    model = build_model(small_model(attention="causal", window=2, sink=1))
+    rules = {block.attn.mask(4, 5) for block in model.clip.visual.temporal_encoder.blocks}
+    assert rules == {masks.causal(4, 5, window=2, sink=1).rule}
+
+
+def test_only_a_learned_temporal_embedding_has_initial_values():
+    learned = build_model(small_model(temporal_embedding=True, temporal_std=100.0))
+    assert learned.clip.visual.temporal_encoder.embedding.weight.std() > 10
+    for other in (False, "rotary"):
+        assert not any(
+            "embedding" in name
+            for name, _ in build_model(
+                small_model(temporal_embedding=other, temporal_std=100.0)
+            ).clip.visual.temporal_encoder.named_parameters()
+        )
 
 
 def test_parameters_of_the_published_model():

@@ -65,6 +65,16 @@ def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
         train(changed, resume=True)
 
 
+def test_a_run_of_before_a_setting_was_there_is_resumed(tmp_path):
+    config = small_config(tmp_path, epochs=1)
+    history = train(config).history
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    for setting in ("window", "sink"):
+        del content["config"]["model"][setting]
+    torch.save(content, tmp_path / "run" / "last.pt")
+    assert train(config, resume=True).history == history
+
+
 def test_a_run_is_not_resumed_with_other_classes_or_texts_under_the_same_names(tmp_path):
     config = small_config(tmp_path, epochs=1)
     labels, file = Path(config.data.labels), tmp_path / "p.json"
