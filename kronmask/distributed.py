@@ -28,6 +28,8 @@ alone: the gradient is then a part, times R.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -220,19 +222,25 @@ class FrameGroup:
         """
         header = torch.tensor(_header(images), device=self.header_device)
         gathered = header.new_empty(self.ranks, len(header))
-        try:
+        with self.hearing():
             all_gather(gathered.view(-1), header, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of the {self.ranks} that share the frames of a clip has not heard from all others: one has "
-                f"died, raised an error, or has not called the model ({error})"
-            ) from error
         headers = gathered.tolist()
         if any(other != headers[0] for other in headers):
             each = "; ".join(f"rank {rank} has {_described(header)}" for rank, header in enumerate(headers))
             raise ValueError(
                 f"all {self.ranks} ranks that share the frames of a clip must call the model with inputs of one shape: {each}"
             )
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Says what a collective in the block means when it fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of the {self.ranks} that share the frames of a clip has not heard from all others: one has "
+                f"died, raised an error, or has not called the model ({error})"
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrameGroup:
         return self
@@ -323,7 +331,7 @@ class ParallelClips(Clips):
         """`(B*t, ...)`, a row for each of this rank's frames, to `(B, ...)`: the mean over the frames of all ranks."""
         local = super().mean(value)
         exact = local.to(torch.promote_types(local.dtype, torch.float32)) / self.group.ranks
-        return _Sum.apply(exact, self.group.group).to(local.dtype)
+        return _Sum.apply(exact, self.group).to(local.dtype)
 
 
 @dataclass(frozen=True)
@@ -380,7 +388,8 @@ class _Gather:
 
     def wait(self) -> Tensor:
         """What has been received; kept no longer here."""
-        self.work.wait()
+        with self.group.hearing():
+            self.work.wait()
         received, self.work, self.sent, self.received = self.received, None, torch.empty(0), torch.empty(0)
         return received
 
@@ -431,14 +440,17 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks, on each; its backward is the same."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, group: FrameGroup) -> Tensor:  # type: ignore[override]
         ctx.group = group
-        total = value.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _total(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _total(gradient, ctx.group), None
+
+
+def _total(value: Tensor, group: FrameGroup) -> Tensor:
+    total = value.clone(memory_format=torch.contiguous_format)
+    with group.hearing():
+        dist.all_reduce(total, group=group.group)
+    return total

@@ -39,6 +39,7 @@ from kronmask.patch.video import VideoBlock
 dist = torch.distributed
 PLACEMENTS = ("append", "interleave", "replace")
 TOKENS, WIDTH, DEPTH = 5, 24, 3
+TIMEOUT = timedelta(seconds=60)
 
 
 def recent(frames: int, tokens: int) -> KronMask:
@@ -513,12 +514,12 @@ def a_mesh_of_two_dimensions_is_refused(mesh: DeviceMesh) -> None:
 
 
 def a_silent_rank_is_an_error_after_the_timeout(rank: int) -> None:
-    model = parallel(patched(), DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=2)), "cpu"))
+    model = parallel(patched(), DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu"))
     if rank == 0:
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="rank 0 of the 2 .* has not heard from all others"):
             model(shard_frames(video(), model))
-        assert 1 < time.monotonic() - start < 15
+        assert 2 < time.monotonic() - start < 30
 
 
 def a_dead_rank_is_an_error_on_the_others(rank: int, mesh: DeviceMesh) -> None:
@@ -529,9 +530,9 @@ def a_dead_rank_is_an_error_on_the_others(rank: int, mesh: DeviceMesh) -> None:
         os._exit(0)
     start = time.monotonic()
     for run in (loss.backward, lambda: model(shard_frames(video(), model))):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="rank 0 of the 2 .* has not heard from all others: one has died"):
             run()
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < TIMEOUT.total_seconds()
 
 
 # ---- the processes --------------------------------------------------------------------------------------------------
@@ -561,9 +562,7 @@ ON_TWO = (
 def join(rank: int, folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=TIMEOUT)
 
 
 def hold(facts: tuple[Callable[[DeviceMesh], None], ...], mesh: DeviceMesh) -> None:
@@ -594,18 +593,17 @@ def _four(rank: int, folder: str) -> None:
 def batches_and_frames_learn_what_one_process_learns(mesh: DeviceMesh) -> None:
     """Two halves of a batch times two halves of the frames, under wrappers that average over all four."""
     mean = torch.zeros(1)
-    distributed.reduce_scatter(mean, torch.ones(4), op=dist.ReduceOp.AVG)  # 4 in torch 2.7, whose gloo sums instead
+    distributed.reduce_scatter(mean, torch.ones(4), op=dist.ReduceOp.AVG)  # 4 in torch 2.7, whose gloo sums
     world = dist.init_device_mesh("cpu", (4,))
-    meshes = (
-        (world, mesh) if mean == 1 else (world,)
-    )  # the gloo of torch 2.7 has no average for a mesh of two dimensions
+    averages = mean == 1  # what a mesh of two dimensions needs
     half = slice(2, 4) if mesh["batch"].get_local_rank() else slice(0, 2)
     cases = [("append", attention) for attention in ("kmt", "kmct", "frame_window", recent)]
     for placement, attention in (*cases, ("interleave", "kmct"), ("replace", "causal")):
         single = patched(attention, placement)
         model = parallel(single, mesh["frames"])
         learn(DistributedDataParallel(model), model, single, half, 8)
-        for shards in meshes:  # the whole sharded by four; and sharded over frames, replicated over batches
+        # sharded by four; and, once, sharded over frames and replicated over batches
+        for shards in (world, mesh) if attention == "kmct" and averages else (world,):
             model = copy.deepcopy(single)
             for block in (*(m for m in model.modules() if isinstance(m, VideoBlock)), *model.temporal_encoder.blocks):
                 fully_shard(block, mesh=shards)
