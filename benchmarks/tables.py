@@ -172,6 +172,29 @@ def _families() -> str:
     return _markdown(["family", *columns], lines) + told + _source("zoo", stored, "benchmarks/").lstrip("\n")
 
 
+def _streams() -> str:
+    stored = _stored("stream_speed")
+    rows = {(row["way"], row["frames_seen"]): row for row in stored["rows"]}
+    seen = sorted({frames for _, frames in rows})
+    header = ["the newest frame, after frames", *map(str, seen)]
+
+    def line(label: str, way: str, key: str, unit: float, digits: int) -> list[str]:
+        cells = [rows.get((way, frames), {}).get(key) for frames in seen]
+        return [label, *("" if value is None else f"{value / unit:.{digits}f}" for value in cells)]
+
+    lines = [
+        line("`FrameStream`, ms", "FrameStream", "seconds", 1e-3, 0),
+        line("relative to a stream that has just begun", "FrameStream", "over_begun", 1, 2),
+        line("sliding clip of as many frames as the window, ms", "sliding clip", "seconds", 1e-3, 0),
+        line("relative to the stream", "sliding clip", "over_stream", 1, 1),
+        line("whole clip, ms", "whole clip", "seconds", 1e-3, 0),
+        line("relative to the stream", "whole clip", "over_stream", 1, 1),
+        line("keys and values of the stream, MiB", "FrameStream", "cache_bytes", 2**20, 1),
+        line("resident memory of the process, MiB", "FrameStream", "resident_bytes", 2**20, 0),
+    ]
+    return _markdown(header, lines) + _source("stream_speed", stored)
+
+
 def _lowest() -> str:
     """The suites under the lowest supported versions."""
     stored = _stored("lowest")
@@ -199,7 +222,7 @@ def _prompts() -> str:
 
 
 def _summary() -> str:
-    """Five lines for the front page."""
+    """A few lines for the front page."""
     attention, models = _stored("attn_speed"), _stored("model_speed")
     rows = {(r["mask"], r["contender"], r["pass"], r["tokens"], r["frames"]): r for r in attention["rows"]}
     kmct, kmt = (rows[mask, "kronmask sdpa", "forward", 197, 8] for mask in ("kmct", "kmt"))
@@ -208,6 +231,8 @@ def _summary() -> str:
     average = clips["frame average"]
     accuracy = {row["attention"]: row for row in _stored("accuracy")["summary"]}
     best = max(accuracy.values(), key=lambda row: row["top1_mean"])
+    streams = _stored("stream_speed")
+    stream = {row["way"]: row for row in streams["rows"] if row["frames_seen"] == 1000}
     return "".join(f"- {line}\n" for line in (
         f"Attention on two CPU cores, 197 tokens, 8 frames: KMCT takes {kmct['over_joint']:.2f} of joint attention's time (ideal "
         f"{kmct['ideal']:.2f}), KMT {kmt['over_joint']:.2f} (ideal {kmt['ideal']:.2f}); with the backward "
@@ -216,6 +241,9 @@ def _summary() -> str:
         f"FlexAttention: {kmct['over_flex_128']:.2f} and {kmt['over_flex_128']:.2f}.",
         f"ViT-B/16, 8 frames, clips a second relative to a frame average: KMCT (append) {clips['KMCT (append)'] / average:.2f}, "
         f"KMT (replace) {clips['KMT (replace)'] / average:.2f}, TimeSformer {clips['TimeSformer (HF)'] / average:.2f}.",
+        f"A frame of a stream (ViT-B/16, window {streams['window']}) after 1,000 frames costs "
+        f"{stream['FrameStream']['over_begun']:.2f} of one at its start; recomputing a clip of {streams['window']} frames "
+        f"{stream['sliding clip']['over_stream']:.1f} times as much.",
         f"Toy motions, {best['steps']} steps: {best['attention']} leads with {best['top1_mean']:.3f} ± {best['top1_std']:.3f} "
         f"top-1, KMCT has {accuracy['kmct']['top1_mean']:.3f} ± {accuracy['kmct']['top1_std']:.3f}.",
         "No GPU has run any of it: the Triton kernels are compiled for GPUs and run in Triton's interpreter.",
@@ -232,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": _accuracy,
     "kernels": _kernels,
     "lowest": _lowest,
+    "streams": _streams,
 }
 
 

@@ -105,7 +105,10 @@ class FrameStream:
         if not state.fits(frames) and not any(state.seen):
             self._lay_out(frames, args, kwargs)
         state.begin(frames)
-        run = self._run if self._compiled is None or not state.is_steady else self._compiled
+        run = self._run
+        if self._compiled is not None and state.is_steady:
+            run = self._compiled
+            state.make_static()
         output = run(frames, *args, **kwargs)
         state.end_step()
         return output
@@ -129,6 +132,8 @@ class FrameStream:
         """Run frames by `torch.compile`, with its options, once the window is full: from then on one graph serves.
 
         Before that, and under a mask without a window, each frame sees more frames than the one before and runs uncompiled.
+        Another number of frames in a call is another graph. Within it nothing depends on the host and the buffers keep their
+        addresses, so that `mode="reduce-overhead"` can capture it as a CUDA graph (which no GPU has been at hand to try).
         """
         self._compiled = torch.compile(self._run, **options)
 
@@ -439,6 +444,11 @@ class _StreamedFrames(Clips):
             self._at((memory, "new"), [*last], device),
             self._at((memory, "slots"), [memory.sink + (self.written + i) % memory.ring for i in last], device),
         )
+
+    def make_static(self) -> None:
+        """Tell the compiler that buffers keep their addresses, without which a CUDA graph would not write into them."""
+        for tensor in (*(x for layer in self.layers for x in (layer.key, layer.value)), *self._fixed.values()):
+            torch._dynamo.mark_static_address(tensor)
 
     def end_step(self) -> None:
         self.seen = [seen + self.frames for seen in self.seen]

@@ -82,6 +82,35 @@ def test_no_other_share_is_quoted():
     assert set(re.findall(r"\b0\.\d+", text)) == {"0.5"}
 
 
+def test_the_arithmetic_of_frames_on_many_gpus_is_that_of_its_formulas():
+    """L/14 at 336 pixels: 128 frames of 577 tokens, 1024 channels, 24 image blocks, bfloat16; bandwidths as the page assumes."""
+    page = PAGES["benchmarks"].partition("### Frames on many GPUs")[2].partition("\n### ")[0]
+    frames, tokens, width, speed = 128, 577, 1024, 400e12
+
+    def row(start):
+        line = next(line for line in page.splitlines() if line.replace("*", "").startswith(f"| {start}"))
+        return [float(re.search(r"\d*\.?\d+", cell.rpartition("=")[2])[0]) for cell in line.split("|")[-3:-1]]
+
+    def close(measured, expected):
+        assert measured == pytest.approx(expected, rel=0.02)
+
+    both = [(8, frames // 8, 360e9), (64, frames // 64, 320e9)]
+    kept = [4 * t * tokens * width for _, t, _ in both]
+    sent = [(ranks - 1) * size for (ranks, _, _), size in zip(both, kept, strict=True)]
+    own = [4 * width * t * tokens * ((t - 1) * tokens + 1) for _, t, _ in both]
+    others = [4 * width * t * tokens * (frames - t) * tokens for _, t, _ in both]
+    close(row("keys and values of a rank"), [size / 1e6 for size in kept])
+    close(row("received, and sent"), [size / 1e6 for size in sent])
+    images = [24 * t * tokens * (24 * width**2 + 4 * tokens * width) for _, t, _ in both]
+    close(row("image blocks |"), [flops / 1e12 for flops in images])
+    close(row("image blocks, all 24"), [1e3 * flops / speed for flops in images])
+    close(row("projections and MLP"), [24 * t * tokens * width**2 / 1e12 for _, t, _ in both])
+    close(row("attention to own frames, a layer"), [flops / 1e12 for flops in own])
+    close(row("attention to other frames, a layer"), [flops / 1e12 for flops in others])
+    close(row("keys and values kept"), [4 * frames * tokens * width / 1e6] * 2)
+    close(row("gather |"), [1e3 * size / bandwidth for size, (_, _, bandwidth) in zip(sent, both, strict=True)])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_every_result_says_where_it_comes_from(path):
     stored = json.loads(path.read_text())
