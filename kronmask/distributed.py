@@ -329,9 +329,8 @@ class ParallelClips(Clips):
     @torch.compiler.disable
     def mean(self, value: Tensor) -> Tensor:
         """`(B*t, ...)`, a row for each of this rank's frames, to `(B, ...)`: the mean over the frames of all ranks."""
-        local = super().mean(value)
-        exact = local.to(torch.promote_types(local.dtype, torch.float32)) / self.group.ranks
-        return _Sum.apply(exact, self.group).to(local.dtype)
+        local = super().mean(value.to(torch.promote_types(value.dtype, torch.float32)))
+        return _Sum.apply(local / self.group.ranks, self.group).to(value.dtype)
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,9 @@ def low_precision_and_autocast_run(mesh: DeviceMesh) -> None:
     assert_close(low(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16), counted() as calls:
         assert_close(model(x).float(), expected, rtol=0.05, atol=0.05)
+    values = torch.randn(2, 8, 99, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mean = model.temporal_encoder.frame_group.clips(8 // mesh.size()).mean(shard_frames(values, model).flatten(0, 1))
+    assert torch.equal(mean, values.float().mean(1).bfloat16())
     assert calls[1] == ("all_gather", 2 * 2 * (8 // mesh.size()) * TOKENS * WIDTH * 2)
 
 
@@ -524,12 +527,13 @@ def a_silent_rank_is_an_error_after_the_timeout(rank: int) -> None:
 
 def a_dead_rank_is_an_error_on_the_others(rank: int, mesh: DeviceMesh) -> None:
     model = parallel(patched(), mesh)
-    loss = output(model, shard_frames(video(), model)).sum()
+    part = shard_frames(video(), model)
+    losses = [model.forward_frames(part).sum(), output(model, part).sum()]
     dist.barrier()
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
-    for run in (loss.backward, lambda: model(shard_frames(video(), model))):
+    for run in (*(loss.backward for loss in losses), lambda: model(part)):
         with pytest.raises(RuntimeError, match="rank 0 of the 2 .* has not heard from all others: one has died"):
             run()
     assert time.monotonic() - start < TIMEOUT.total_seconds()
