@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -474,34 +475,51 @@ def _write_rule(codes: tuple[tuple[int, ...], ...], palette: tuple[bytes, ...]) 
     return ";".join([text] + [base64.b64encode(zlib.compress(pattern)).decode() for pattern in palette])
 
 
+_BOUND = re.compile(r"(\d{1,9})<(-?\d{1,9}),", re.ASCII)
+_DIAGONALS = re.compile(r"diagonals:((?:\d{1,9}<-?\d{1,9},)*)(\d{1,9})", re.ASCII)
+_RUN = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
+_TABLE = re.compile(r"table:(\d{1,9}x\d{1,9}(?:,\d{1,9}x\d{1,9})*)", re.ASCII)
+
+
 @lru_cache(maxsize=256)  # a pack of 640 frames is a table of 3 MB
 def _read_rule(rule: str, frames: tuple[int, int], tokens: tuple[int, int], prefix: int) -> KronMask:
     text, *patterns = rule.split(";")
-    kind, _, body = text.partition(":")
     query_frames, key_frames = frames
-    if kind == "diagonals":
-        *runs, last = body.split(",")
-        bounds = [tuple(map(int, run.split("<"))) for run in runs]
+    if match := _DIAGONALS.fullmatch(text):
+        bounds = [(int(code), int(stop)) for code, stop in _BOUND.findall(match[1])]
+        last = int(match[2])
 
         def at(distance: int) -> int:
-            return next((code for code, stop in bounds if distance < stop), int(last))
+            return next((code for code, stop in bounds if distance < stop), last)
 
         line = {d: at(d) for d in range(1 - query_frames, key_frames)}
         codes = [[line[k - q] for k in range(key_frames)] for q in range(query_frames)]
-    elif kind == "table":
-        runs_ = [tuple(map(int, run.split("x"))) for run in body.split(",")]
-        flat = [code for code, number in runs_ for _ in range(number)]
-        if len(flat) != query_frames * key_frames:
+    elif match := _TABLE.fullmatch(text):
+        runs = [(int(code), int(number)) for code, number in _RUN.findall(match[1])]
+        pairs = sum(number for _, number in runs)
+        if pairs != query_frames * key_frames:
             raise ValueError(
-                f"the mask is a table of {len(flat)} pairs of frames and does not fit {query_frames} x {key_frames}"
+                f"the mask is a table of {pairs} pairs of frames and does not fit {query_frames} x {key_frames}"
             )
+        flat = [code for code, number in runs for _ in range(number)]
         codes = [flat[q * key_frames : (q + 1) * key_frames] for q in range(query_frames)]
     else:
         raise ValueError(f"not the rule of a mask: {rule[:80]!r}")
-    palette = []
-    for pattern in patterns:
-        raw = zlib.decompress(base64.b64decode(pattern))
-        if len(raw) != tokens[0] * tokens[1]:
-            raise ValueError(f"the mask has a pattern of {len(raw)} entries, which does not fit tokens={tokens}")
-        palette.append(torch.frombuffer(bytearray(raw), dtype=torch.bool).view(tokens))
+    palette = [_read_pattern(pattern, tokens) for pattern in patterns]
     return KronMask(codes, palette, tokens=tokens, prefix=prefix)
+
+
+def _read_pattern(text: str, tokens: tuple[int, int]) -> Tensor:
+    """A pattern of a rule; text that is more than one, or would inflate to more, is refused before it does."""
+    size = tokens[0] * tokens[1]
+    inflate = zlib.decompressobj()
+    try:
+        raw = inflate.decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"not a pattern of a mask: {text[:80]!r} ({error})") from None
+    if len(raw) != size:
+        many = f"more than {size}" if len(raw) > size else str(len(raw))
+        raise ValueError(f"the mask has a pattern of {many} entries, which does not fit tokens={tokens}")
+    if not inflate.eof or inflate.unused_data or raw.translate(None, b"\0\1"):
+        raise ValueError(f"not a pattern of a mask: {text[:80]!r}")
+    return torch.frombuffer(bytearray(raw), dtype=torch.bool).view(tokens)

@@ -1,8 +1,10 @@
 """The algebra of masks is the algebra of their dense forms."""
 
+import base64
 import copy
 import pickle
 import time
+import zlib
 
 import pytest
 import torch
@@ -184,6 +186,11 @@ def test_masks_cannot_be_changed():
     assert pattern == masks.neighborhood(2, 9)
 
 
+def of_pattern(compressed):
+    """A mask from a rule with one pattern of 2 x 2 tokens."""
+    return KronMask.from_rule(f"diagonals:3;{base64.b64encode(compressed).decode()}", frames=(3, 3), tokens=(2, 2))
+
+
 def test_kmt_by_hand():
     assert masks.kmt(8, 197) == kron(~eye(8), ones(197)) | kron(eye(8), eye(197))
 
@@ -217,6 +224,17 @@ def test_kmt_by_hand():
         (lambda: masks.mask_rule(3, 3, 4), "attention must be"),
         (lambda: KronMask.from_rule("table:1x4", frames=(3, 3), tokens=(2, 2)), "does not fit"),
         (lambda: KronMask.from_rule("nonsense", frames=(3, 3), tokens=(2, 2)), "not the rule"),
+        (lambda: KronMask.from_rule("table:1x9 ", frames=(3, 3), tokens=(2, 2)), "not the rule"),
+        (lambda: KronMask.from_rule("table:1x4,+1x5", frames=(3, 3), tokens=(2, 2)), "not the rule"),
+        (lambda: KronMask.from_rule("diagonals:1<0", frames=(3, 3), tokens=(2, 2)), "not the rule"),
+        (lambda: KronMask.from_rule("diagonals:1<0,2junk", frames=(3, 3), tokens=(2, 2)), "not the rule"),
+        (lambda: KronMask.from_rule("table:1x999999999,1x9", frames=(3, 3), tokens=(2, 2)), "1000000008 pairs"),
+        (lambda: of_pattern(zlib.compress(bytes(10**8))), "more than 4 entries"),
+        (lambda: of_pattern(zlib.compress(bytes(3))), "pattern of 3 entries"),
+        (lambda: of_pattern(zlib.compress(bytes(4)) + b"more"), "not a pattern"),
+        (lambda: of_pattern(zlib.compress(bytes([0, 1, 2, 0]))), "not a pattern"),
+        (lambda: of_pattern(b"not zlib"), "not a pattern"),
+        (lambda: KronMask.from_rule("diagonals:3;A*A=", frames=(3, 3), tokens=(2, 2)), "not a pattern"),
     ],
 )
 def test_bad_masks_are_refused_by_name(make, message):
