@@ -34,7 +34,7 @@ CONVENTIONS = {
     "seconds": "median over the rounds, for the newest frame of one stream; spread: distance of the quartiles over the median",
     "over_begun": "median of the ratios to a stream that has just begun, in the same round",
     "over_stream": "median of the ratios to the stream, in the same round",
-    "resident_bytes": "of the process (CPU) or of the allocator (CUDA), after the rounds",
+    "resident_bytes": "of the process (CPU) or of the allocator (CUDA), where the stream stands, before the rounds",
     "cache_bytes": "keys and values that the stream keeps",
 }
 
@@ -52,6 +52,7 @@ def measure(model: Any, options: argparse.Namespace, encoder: Encoder, rows: lis
             while stream.frames_seen < [seen - options.rounds]:
                 stream(newest)
                 bar.update()
+            resident = resident_memory(device)  # before anything else allocates
             begun.reset()
             begun(frames[:, :window])
             ways: dict[str, Callable[[], Tensor]] = {
@@ -62,7 +63,9 @@ def measure(model: Any, options: argparse.Namespace, encoder: Encoder, rows: lis
             if seen <= options.longest:
                 ways[WHOLE] = functools.partial(_newest_of_clip, model, newest.expand(1, seen, -1, -1, -1))
             times = interleaved(ways, device, rounds=options.rounds, warmup=1, shortest=0)
-            rows += [_row(way, seen, times, stream if way in (STREAM, YOUNG) else None, device) for way in ways]
+            rows += [_row(way, seen, times) for way in ways]
+            of_stream = next(row for row in rows if (row["way"], row["frames_seen"]) == (STREAM, seen))
+            of_stream.update(resident_bytes=resident, cache_bytes=stream.cache_bytes)
             bar.update(stream.frames_seen[0] - bar.n)
 
 
@@ -70,9 +73,7 @@ def _newest_of_clip(model: Any, clip: Tensor) -> Tensor:
     return model.forward_frames(clip)[:, -1]
 
 
-def _row(
-    way: str, seen: int, times: Mapping[str, Times], stream: FrameStream | None, device: torch.device
-) -> dict[str, Any]:
+def _row(way: str, seen: int, times: Mapping[str, Times]) -> dict[str, Any]:
     return {
         "way": way,
         "frames_seen": seen,
@@ -80,8 +81,8 @@ def _row(
         "spread": times[way].spread,
         "over_begun": times[way].over(times[YOUNG]),
         "over_stream": times[way].over(times[STREAM]),
-        "resident_bytes": resident_memory(device),
-        "cache_bytes": stream.cache_bytes if stream else None,
+        "resident_bytes": None,
+        "cache_bytes": None,
     }
 
 
@@ -121,7 +122,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{row['spread']:.3f}",
                 f"{row['over_begun']:.3f}",
                 f"{row['over_stream']:.2f}",
-                f"{row['resident_bytes'] / 2**20:.0f}",
+                "" if row["resident_bytes"] is None else f"{row['resident_bytes'] / 2**20:.0f}",
             )
             for row in rows
         ),
