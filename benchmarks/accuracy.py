@@ -47,9 +47,6 @@ class Variant:
     note: str = ""
 
 
-# a frame's patches have a standard deviation of about .5 at the start
-TEMPORAL_STD = 0.5
-
 _NO_EMBEDDING = "no temporal embedding, so fewer parameters by that; blind to the order of frames"
 
 VARIANTS = {
@@ -86,13 +83,7 @@ def variant_config(name: str, folder: Path, dataset: MotionDataset, *, seed: int
     """The demo's configuration, but for what the variant is about."""
     variant = VARIANTS[name]
     config = demo_config(folder, dataset, temporal=True, seed=seed, epochs=epochs)
-    model = dataclasses.replace(
-        config.model,
-        attention=variant.masks[0],
-        window=None,
-        temporal_embedding=variant.embedding,
-        temporal_std=TEMPORAL_STD,
-    )
+    model = dataclasses.replace(config.model, attention=variant.masks[0], temporal_embedding=variant.embedding)
     return dataclasses.replace(
         config,
         run_dir=str(folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"),

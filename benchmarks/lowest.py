@@ -17,7 +17,10 @@ from common import RESULTS, save, table
 __all__ = ["SUITES", "main"]
 
 ROOT = Path(__file__).parents[1]
-SUITES = ("tests/test_mask.py", "tests/test_masks.py", "tests/test_nn.py", "tests/test_attention.py", "tests/patch")
+SUITES = (
+    *(f"tests/test_{name}.py" for name in ("mask", "masks", "nn", "attention", "head_groups", "packed", "distributed")),
+    "tests/patch",
+)
 NOT_HERE = ("tests/patch/test_zoo.py",)  # its models are those of the newest timm
 
 

@@ -38,6 +38,7 @@ def run_demo(options: argparse.Namespace) -> int:
         num_train=options.num_train,
         num_test=options.num_test,
         epochs=options.epochs,
+        rotary=options.rotary,
     )
     return 0
 
@@ -157,13 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     for command, run in ((demo, run_demo), (train, run_train), (evaluate, run_eval), (predict, run_predict)):
         command.set_defaults(run=run)
     for command in (parser, demo):  # a default of the second would overwrite what the first was given
-        defaults = {"run_dir": "runs/demo", "seed": 0, "num_train": 800, "num_test": 240, "epochs": 24}
+        defaults = {"run_dir": "runs/demo", "seed": 0, "num_train": 800, "num_test": 240, "epochs": 24, "rotary": False}
         unless = (lambda name, values=defaults: values[name]) if command is parser else (lambda name: argparse.SUPPRESS)
         command.add_argument("--run-dir", default=unless("run_dir"), help="folder for everything it writes")
         command.add_argument("--seed", type=int, default=unless("seed"))
         command.add_argument("--num-train", type=int, default=unless("num_train"), help="training videos")
         command.add_argument("--num-test", type=int, default=unless("num_test"), help="held-out videos")
         command.add_argument("--epochs", type=int, default=unless("epochs"))
+        command.add_argument(
+            "--rotary",
+            action="store_true",
+            default=unless("rotary"),
+            help="relative time and a window, for streams without an end",
+        )
     parser.set_defaults(run=run_demo)
 
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -39,12 +39,14 @@ __all__ = ["demo", "demo_config"]
 SIZE, FRAMES, WIDTH = 64, 8, 96
 
 
-def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: int, epochs: int) -> Config:
+def demo_config(
+    folder: Path, dataset: MotionDataset, *, temporal: bool, seed: int, epochs: int, rotary: bool = False
+) -> Config:
     """A CLIP of 2 spatial and 2 temporal blocks on 64-pixel frames of 16 patches, trained from scratch.
 
-    The window is as long as a clip, so training is as without one, and a stream of the model needs no end. Without `temporal`
-    the same four blocks, with the same parameters, see one frame each and know nothing of its place in the clip: the average of
-    an unordered set of frames.
+    With `rotary` time is relative and a frame sees a window as long as a clip, so that a stream of the model needs no end; it
+    takes more clips to learn as much. Without `temporal` the same four blocks see one frame each and know nothing of its place
+    in the clip: the average of an unordered set of frames, with the same parameters but the temporal embedding.
     """
     return Config(
         run_dir=str(folder / ("kmct" if temporal else "frame_average")),
@@ -68,11 +70,12 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
             text={"context_length": 24, "width": 64, "heads": 2, "layers": 1},
             frames=FRAMES,
             attention="kmct" if temporal else "spatial",
-            window=FRAMES if temporal else None,
+            window=FRAMES if temporal and rotary else None,
             layers=2,
-            temporal_embedding="rotary" if temporal else False,
+            temporal_embedding="rotary" if temporal and rotary else temporal,
             # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
             position_std=1.0,
+            temporal_std=0.5,
             token_std=0.1,
             logit_scale=30.0,
         ),
@@ -96,9 +99,17 @@ def demo_config(folder: Path, dataset: MotionDataset, *, temporal: bool, seed: i
 
 
 def demo(
-    folder: str | Path = "runs/demo", *, seed: int = 0, num_train: int = 800, num_test: int = 240, epochs: int = 24
+    folder: str | Path = "runs/demo",
+    *,
+    seed: int = 0,
+    num_train: int = 800,
+    num_test: int = 240,
+    epochs: int = 24,
+    rotary: bool = False,
 ) -> dict[str, Any]:
     """Write videos, train both models, evaluate them multi-view, draw, and print where everything is.
+
+    `rotary` is that of `demo_config`.
 
     Returns:
         What `results.json` in `folder` holds.
@@ -115,7 +126,7 @@ def demo(
     with ProcessPoolExecutor(2, context, initializer=tqdm.set_lock, initargs=(context.RLock(),)) as pool:
         futures = {}
         for position, name in enumerate(("KMCT", "frame average")):
-            config = demo_config(folder, dataset, temporal=name == "KMCT", seed=seed, epochs=epochs)
+            config = demo_config(folder, dataset, temporal=name == "KMCT", seed=seed, epochs=epochs, rotary=rotary)
             futures[name] = pool.submit(_train_and_evaluate, config, name, position)
         histories, evaluations = {}, {}
         for name, future in futures.items():
