@@ -31,15 +31,18 @@ from typing import Any
 import torch
 from attn_figures import draw
 from common import (
+    CAN_MEASURE_A_PROCESS,
     RESULTS,
     Times,
     available_memory,
     default_device,
+    failing_into,
     interleaved,
     peak_memory,
     save,
     synchronize,
     table,
+    until_failure,
 )
 from einops import rearrange
 from torch import Tensor, nn
@@ -322,7 +325,7 @@ def run_case(
     for mask_name, name in entries:
         label = _label(mask_name, name)
         row = rows[label]
-        try:
+        with failing_into(row):  # a peer may fail in any way, and the others go on
             _refuse_what_does_not_fit(name, case)
             contender = CONTENDERS[name](case, mask_name)
             call = _step(contender, case)
@@ -341,9 +344,7 @@ def run_case(
             if once:
                 times[label] = Times([seconds])
             else:
-                calls[label] = _until_failure(call, row)
-        except Exception as error:  # a peer may fail in any way, and the others go on
-            row["error"] = _reason(error)
+                calls[label] = until_failure(call, row)
     times |= interleaved(calls, device, rounds=rounds, warmup=1)
     for mask_name, name in entries:
         if rows[_label(mask_name, name)]["error"] is None:
@@ -353,10 +354,6 @@ def run_case(
 
 def _label(mask_name: str, name: str) -> str:
     return f"{name} under {mask_name}"
-
-
-def _reason(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def _row(case: Case, mask_name: str, name: str) -> dict[str, Any]:
@@ -383,24 +380,11 @@ def _refuse_what_does_not_fit(name: str, case: Case) -> None:
         raise MemoryError(f"skipped: would need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} available")
 
 
-def _until_failure(call: Callable[[], object], row: dict[str, Any]) -> Callable[[], object]:
-    """The call, which does nothing any more once it has failed and said so in its row."""
-
-    def guarded() -> None:
-        if row["error"] is None:
-            try:
-                call()
-            except Exception as error:
-                row["error"] = _reason(error)
-
-    return guarded
-
-
 def _peak(name: str, mask_name: str, case: Case, call: Callable[[], object], *, warm: bool) -> int | None:
     device = torch.device(case.device)
     if device.type == "cuda":
         return peak_memory(lambda: call, device=device)
-    if not Path("/proc/self/clear_refs").exists():
+    if not CAN_MEASURE_A_PROCESS:
         return None
     return peak_memory(_prepared_for_memory, name, mask_name, case, warm, device=device)
 

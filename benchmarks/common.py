@@ -14,18 +14,22 @@ import platform
 import shlex
 import statistics
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 __all__ = [
+    "CAN_MEASURE_A_PROCESS",
     "RESULTS",
     "Times",
     "available_memory",
     "default_device",
+    "failing_into",
     "interleaved",
     "peak_memory",
     "provenance",
@@ -33,9 +37,13 @@ __all__ = [
     "save",
     "synchronize",
     "table",
+    "until_failure",
 ]
 
 RESULTS = Path(__file__).parent / "results"
+CAN_MEASURE_A_PROCESS = Path("/proc/self/clear_refs").exists()
+"""Whether the system tells the peak of a process's memory."""
+
 PACKAGES = ("kronmask", "torch", "torchvision", "triton", "timm", "open_clip_torch", "transformers", "accelerate", "av")
 
 
@@ -100,6 +108,29 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         drawn.add_row(*(str(cell) for cell in row))
     # a file or pipe has no width: without this the table would be cut to 80 columns
     Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing_into(row: dict[str, Any]) -> Iterator[None]:
+    """What fails in the block says so, in one line, in the row's `error`."""
+    try:
+        yield
+    except Exception as error:
+        row["error"] = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+
+
+def until_failure(call: Callable[[], object], row: dict[str, Any]) -> Callable[[], None]:
+    """The call, which does nothing any more once it has failed and said so in its row."""
+
+    def guarded() -> None:
+        if not row["error"]:
+            with failing_into(row):
+                call()
+
+    return guarded
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
@@ -220,7 +251,7 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any, d
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if not Path("/proc/self/clear_refs").exists():
+    if not CAN_MEASURE_A_PROCESS:
         raise RuntimeError("peak memory of a CPU process is read from Linux's /proc, which is not here")
     context = multiprocessing.get_context("forkserver")  # a fresh process that need not import these
     context.set_forkserver_preload(["torch", "kronmask"])

@@ -15,13 +15,22 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, available_memory, default_device, interleaved, peak_memory, save, table
+from common import (
+    RESULTS,
+    available_memory,
+    default_device,
+    failing_into,
+    interleaved,
+    peak_memory,
+    save,
+    table,
+    until_failure,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -245,7 +254,7 @@ def measure(
     rows, models = {name: _new_row(MODELS[name], setting, rounds) for name in names}, {}
     for name, row in rows.items():
         bar.set_description(f"{setting.frames} frames: building {row['model']}")
-        with _failing_into(row):
+        with failing_into(row):
             models[name] = model = setting.model(name)
             row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
             row["gflops"] = flops(model, video) / setting.batch / 1e9
@@ -257,9 +266,9 @@ def measure(
         for name, row in done.items():
             bar.set_description(f"{setting.frames} frames, {which}: memory of {row['model']}")
             if not row["error"]:
-                with _failing_into(row):
+                with failing_into(row):
                     row["peak_bytes"] = peak_memory(prepare, name, setting, which, device=device) if memory else None
-                    calls[name] = _until_failure(step(models[name], video, which), row)
+                    calls[name] = until_failure(step(models[name], video, which), row)
         bar.set_description(f"{setting.frames} frames, {which}: timing")
         # on the CPU a call of seconds needs no warming up: the median leaves a slow first round out
         times = interleaved(calls, device, rounds=rounds, warmup=int(device.type == "cuda"))
@@ -279,25 +288,6 @@ def _new_row(entry: Entry, setting: Setting, rounds: int) -> dict[str, Any]:
     row |= {"seconds": None, "spread": None, "rounds": rounds, "clips_per_second": None, "gflops": None}
     row |= {"parameters": None, "peak_bytes": None, "over_frame_average": None}
     return row | {"note": entry.note, "error": ""}
-
-
-@contextmanager
-def _failing_into(row: dict[str, Any]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _until_failure(call: Callable[[], object], row: dict[str, Any]) -> Callable[[], None]:
-    """The call; nothing once it has failed."""
-
-    def guarded() -> None:
-        if not row["error"]:
-            with _failing_into(row):
-                call()
-
-    return guarded
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
