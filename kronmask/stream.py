@@ -288,12 +288,13 @@ def _is_periodic(mask: KronMask, sink: int, ring: int) -> bool:
 
 @dataclass
 class _Layer:
-    """One temporal attention of one group of heads: its mask, and keys and values `(B, H, sink + ring, N, D)`."""
+    """One temporal attention of one group of heads: its mask, keys and values `(B, H, sink + ring, N, D)`, its next step."""
 
     mask: MaskRule
     memory: _Memory
     key: Tensor
     value: Tensor
+    step: Any = None  # a _Step
 
 
 class _Survey(Clips):
@@ -377,7 +378,7 @@ class _StreamedFrames(Clips):
         self.is_steady = False
         self.is_torn = False  # some layers have kept the frames of a step that has failed, and some have not
         self.next_layer = 0
-        self._steps: dict[_Memory, _Step] = {}
+        self._times = self._embedded = torch.empty(0)
         self._fixed: dict[Any, Tensor] = {}  # at one address for as long as their size is the same
         self._rules: dict[tuple[_Memory, int, int], str] = {}
 
@@ -411,12 +412,17 @@ class _StreamedFrames(Clips):
                 f"the stream ends after {self.end} frames and has seen {max(self.seen)}, so it cannot take {new} more; reset() "
                 "it, or give it another length= (or repeat=True)"
             )
-        self._steps = {layer.memory: self._step(layer, new, device) for layer in _one_of_each_memory(self.layers)}
-        self.is_steady = all(memory.endless and min(self.seen) >= memory.sink + memory.ring for memory in self._steps)
+        steps: dict[_Memory, _Step] = {}
+        for layer in self.layers:
+            if layer.memory not in steps:
+                steps[layer.memory] = self._step(layer, new, device)
+            layer.step = steps[layer.memory]
+        self.is_steady = all(memory.endless and min(self.seen) >= memory.sink + memory.ring for memory in steps)
         length = None if self.end is not None else self.length
         times = [[*range(seen, seen + new)] for seen in self.seen]
-        self._at("times", times, device)
-        self._at("embedded", [[t if length is None else t % length for t in row] for row in times], device)
+        self._times = self._at("times", times, device)
+        embedded = [[t if length is None else t % length for t in row] for row in times]
+        self._embedded = self._at("embedded", embedded, device)
         self.frames = new
 
     def _step(self, layer: _Layer, new: int, device: torch.device) -> _Step:
@@ -468,11 +474,11 @@ class _StreamedFrames(Clips):
     # ---- what temporal layers ask -----------------------------------------------------------------------------------
 
     def times(self, device: torch.device) -> Tensor:
-        return self._fixed["times"]  # (B, t)
+        return self._times  # (B, t)
 
     def embedding(self, embedding: TemporalEmbedding) -> Tensor:
         assert self.length is not None
-        times = self._fixed["embedded"]
+        times = self._embedded
         return embedding.at(self.length)[0].index_select(0, times.flatten()).unflatten(0, times.shape)  # (B, t, 1, D)
 
     def attend(
@@ -488,7 +494,7 @@ class _StreamedFrames(Clips):
     ) -> Tensor:
         layer = self.layers[self.next_layer]
         self.next_layer += 1
-        step = self._steps[layer.memory]
+        step: _Step = layer.step
         new_key, new_value = (x.unflatten(2, (self.frames, tokens)) for x in (key, value))
         for kept, new in ((layer.key, new_key), (layer.value, new_value)):
             if kept.shape[:2] != new.shape[:2] or kept.shape[3:] != new.shape[3:]:
@@ -551,10 +557,6 @@ class _StreamedFrames(Clips):
         self.clear()
         self.layers, self.image = layers, state["image"]
         self.seen, self.written = state["seen"].tolist(), int(state["written"])
-
-
-def _one_of_each_memory(layers: list[_Layer]) -> list[_Layer]:
-    return list({layer.memory: layer for layer in layers}.values())
 
 
 def _kind(frames: Tensor) -> str:

