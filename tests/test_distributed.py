@@ -601,7 +601,7 @@ def batches_and_frames_learn_what_one_process_learns(mesh: DeviceMesh) -> None:
     world = dist.init_device_mesh("cpu", (4,))
     averages = mean == 1  # what a mesh of two dimensions needs
     half = slice(2, 4) if mesh["batch"].get_local_rank() else slice(0, 2)
-    cases = [("append", attention) for attention in ("kmt", "kmct", "frame_window", recent)]
+    cases = [("append", attention) for attention in ("kmt", "kmct", "frame_window", recent, ["kmct", "axial"])]
     for placement, attention in (*cases, ("interleave", "kmct"), ("replace", "causal")):
         single = patched(attention, placement)
         model = parallel(single, mesh["frames"])
