@@ -41,8 +41,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kronmask.attention import kron_attention
 from kronmask.clips import Clips
-from kronmask.mask import EMPTY, KronMask
-from kronmask.nn import KronAttention, MaskRule, TemporalEmbedding
+from kronmask.mask import KronMask
+from kronmask.nn import MaskRule, TemporalEmbedding
 from kronmask.patch.video import VideoEncoder
 
 __all__ = ["FrameGroup", "ParallelClips", "deal", "frame_parallel", "own_frames", "shard_frames"]
@@ -159,10 +159,7 @@ def _check_mesh(mesh: Any) -> None:
 
 def _is_causal(encoder: VideoEncoder, ranks: int) -> bool:
     """Whether no frame sees a later one, by the tables of the masks of an encoder."""
-    temporal = encoder.temporal_encoder
-    rules = [module.mask for module in temporal.modules() if isinstance(module, KronAttention)]
-    rules += [] if temporal.mask is None else [temporal.mask]
-    return all(_no_later(group, 2 * ranks) for rule in rules for group in rule.groups)
+    return all(_no_later(rule, 2 * ranks) for rule in encoder.temporal_encoder.masks())
 
 
 def _no_later(rule: MaskRule, frames: int) -> bool:
@@ -176,8 +173,7 @@ def _no_later(rule: MaskRule, frames: int) -> bool:
             f"the mask {rule!r} could not be asked at {frames} frames of {tokens} tokens whether it is causal ({error}); say "
             "frame_parallel(..., causal=True) or causal=False"
         ) from error
-    codes = KronMask.from_rule(text, frames=(frames, frames), tokens=(tokens, tokens)).codes
-    return all(code == EMPTY for q, row in enumerate(codes) for code in row[q + 1 :])
+    return KronMask.from_rule(text, frames=(frames, frames), tokens=(tokens, tokens)).looks_ahead is None
 
 
 # ---- the ranks ------------------------------------------------------------------------------------------------------

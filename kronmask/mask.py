@@ -132,6 +132,13 @@ class KronMask:
         rows, columns = self.shape
         return self.num_pairs / (rows * columns)
 
+    @property
+    def looks_ahead(self) -> tuple[int, int] | None:
+        """The first (query frame, key frame) in which a frame sees a later one; None for a mask that is causal over frames."""
+        return next(
+            ((q, k) for q, row in enumerate(self.codes) for k in range(q + 1, len(row)) if row[k] != EMPTY), None
+        )
+
     # ---- algebra ----------------------------------------------------------------------------------------------------
 
     def factor(self, code: int) -> Tensor:

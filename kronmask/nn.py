@@ -184,10 +184,11 @@ def rotate_by_time(x: Tensor, times: Tensor, tokens: int, prefix: int = 0) -> Te
     """
     half = x.shape[-1] // 2
     rates = 10000 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = times.to(torch.float64)[..., None] * rates  # exact also after a million frames
-    angles = angles.repeat_interleave(tokens, -2).unsqueeze(-3)  # (1, T*N, half) or (B, 1, T*N, half)
+    angles = times.to(torch.float64)[..., None] * rates  # exact also after a million frames; (T, half) or (B, T, half)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (
+        of_frame.to(dtype).repeat_interleave(tokens, -2).unsqueeze(-3) for of_frame in (angles.cos(), angles.sin())
+    )  # (1, T*N, half) or (B, 1, T*N, half)
     frames = x[:, :, prefix:].to(dtype)
     first, second, rest = frames.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

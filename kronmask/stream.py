@@ -57,7 +57,7 @@ class FrameStream:
         self.model = model
         if self.encoder.temporal_encoder.frame_group is not None:
             raise ValueError("a stream has its frames in one process; turn frame_parallel(model, None) first")
-        masks = _masks_of(self.encoder.temporal_encoder)
+        masks = self.encoder.temporal_encoder.masks()
         fixed = [mask.attention for mask in masks if isinstance(mask.attention, KronMask)]
         if fixed and not repeat:
             length = fixed[0].num_frames if length is None else length
@@ -168,17 +168,11 @@ class FrameStream:
         Raises:
             ValueError: a state that does not fit this stream, which is then as it was.
         """
-        masks = _masks_of(self.encoder.temporal_encoder)
+        masks = self.encoder.temporal_encoder.masks()
         self._frames.load_state_dict(state, masks, next(self.encoder.parameters()).device)
 
     def __repr__(self) -> str:
         return f"FrameStream({type(self.model).__name__}, length={self.length}, frames_seen={self.frames_seen})"
-
-
-def _masks_of(temporal: Any) -> list[MaskRule]:
-    """The masks of all temporal layers, of all groups of heads."""
-    rules = [module.mask for module in temporal.modules() if isinstance(getattr(module, "mask", None), MaskRule)]
-    return [group for rule in rules for group in rule.groups]
 
 
 # ---- what a mask makes a stream remember ----------------------------------------------------------------------------
@@ -253,13 +247,12 @@ def _bounded(mask: KronMask) -> _Memory:
 
 
 def _refuse_future(mask: KronMask, attention: Attention) -> None:
-    for query, row in enumerate(mask.codes):
-        later = next((key for key in range(query + 1, len(row)) if row[key] != EMPTY), None)
-        if later is not None:
-            raise ValueError(
-                f"a stream's mask must be causal over frames, but under {attention!s} frame {query} sees frame {later}, which "
-                "comes later; 'causal' and 'kmct' look back only"
-            )
+    if mask.looks_ahead is not None:
+        query, later = mask.looks_ahead
+        raise ValueError(
+            f"a stream's mask must be causal over frames, but under {attention!s} frame {query} sees frame {later}, which "
+            "comes later; 'causal' and 'kmct' look back only"
+        )
 
 
 def _window(mask: KronMask) -> tuple[int, int]:

@@ -73,6 +73,12 @@ class TemporalEncoder(nn.Module):
         self.frame_group: Any = None  # the ranks that share the frames of a clip, of `kronmask.distributed`
         self.clips: dict[int, Clips] = {}  # frames in a batch -> their clips, of the latest forward of that size
 
+    def masks(self) -> list[MaskRule]:
+        """The masks of all temporal attentions, of each group of heads."""
+        rules = [] if self.mask is None else [self.mask]
+        rules += [module.mask for module in self.modules() if isinstance(module, KronAttention)]
+        return [group for rule in rules for group in rule.groups]
+
     def place(self, index: int) -> Place:
         """What is done around the image block `index`."""
         residual = str(index) if str(index) in self.residuals else None
