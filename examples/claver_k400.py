@@ -69,7 +69,7 @@ def run_eval(options: argparse.Namespace) -> int:
 def run_predict(options: argparse.Namespace) -> int:
     import torch
     from claver.data import read_labels
-    from claver.evaluate import predict_files
+    from claver.evaluate import likeliest, predict_files
     from claver.prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
     from claver.train import tokens_of
 
@@ -98,9 +98,8 @@ def run_predict(options: argparse.Namespace) -> int:
         if isinstance(result, str):
             print(f"  error: {result}")
             continue
-        top = result.topk(min(options.top, len(classes)))
-        for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            print(f"  {probability:6.1%}  {classes[index]}")
+        for name, probability in likeliest(result, classes, options.top):
+            print(f"  {probability:6.1%}  {name}")
     return int(any(isinstance(result, str) for result in results))
 
 

@@ -95,6 +95,7 @@ def _stream(
     video: AnnotatedVideo | None,
 ) -> None:
     from claver.annotate import annotate
+    from claver.evaluate import likeliest
     from tqdm import tqdm
 
     curves = _Curves()
@@ -107,7 +108,7 @@ def _stream(
             curves.starts.append(classifier.frames)
             for name, image in source.frames:
                 probabilities = classifier(image)
-                top = _likeliest(probabilities, classes, options.top)
+                top = likeliest(probabilities, classes, options.top)
                 speed = classifier.frames_per_second
                 if options.json:
                     print(json.dumps(_record(source.name, name, classifier.frames, top, speed)), flush=True)
@@ -149,11 +150,6 @@ def _texts(options: argparse.Namespace, content: dict[str, Any]) -> Choice:
 def _why_it_begins_anew(config: ModelConfig) -> str:
     reason = "knows time by a learned embedding" if config.temporal_embedding is True else "has a mask without a window"
     return f"this model {reason} of clips of {config.frames} frames: after each {config.frames} it begins anew"
-
-
-def _likeliest(probabilities: Tensor, classes: list[str], count: int) -> list[tuple[str, float]]:
-    top = probabilities.topk(min(count, len(classes)))
-    return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def _in_words(top: Sequence[tuple[str, float]]) -> str:

@@ -26,7 +26,7 @@ from . import DEMO_CHECKPOINT
 from .augment import AugmentConfig
 from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
 from .data import read_labels, read_list
-from .evaluate import Evaluation
+from .evaluate import Evaluation, likeliest
 from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 from .motions import MOTIONS, MotionDataset, write_motion_dataset
 from .prompts import OBJECT_TEMPLATES
@@ -189,11 +189,11 @@ def _draw(
     shown = [int((model.labels == label).nonzero()[0]) for label in range(len(classes))]
     samples = read_list(dataset.test_list, dataset.root, len(classes))
     clips = torch.stack([_film(samples[i].path) for i in shown])
-    likeliest = [_likeliest(model.probabilities[i], classes) for i in shown]
+    top = [likeliest(model.probabilities[i], classes, 3) for i in shown]
     plot_film_strips(
         clips.numpy(),
         [classes[label] for label in range(len(classes))],
-        likeliest,
+        top,
         predictions,
         title="Held-out clips, KMCT",
     )
@@ -208,11 +208,6 @@ def _film(path: str) -> Tensor:
 
     info = probe(path)
     return read_frames(info, segment_indices(info.num_frames, FRAMES))
-
-
-def _likeliest(probabilities: Tensor, classes: list[str], k: int = 3) -> list[tuple[str, float]]:
-    top = probabilities.topk(k)
-    return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def _cpu() -> str:

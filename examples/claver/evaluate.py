@@ -18,7 +18,15 @@ from .augment import AugmentConfig
 from .data import Sample, TestDataset, broken_files
 from .model import Claver
 
-__all__ = ["Evaluation", "class_probabilities", "encode_prompts", "evaluate", "feature_probabilities", "predict_files"]
+__all__ = [
+    "Evaluation",
+    "class_probabilities",
+    "encode_prompts",
+    "evaluate",
+    "feature_probabilities",
+    "likeliest",
+    "predict_files",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,12 @@ def evaluate(
     found.sort(key=lambda item: item[0])
     assert [index for index, _, _ in found] == list(range(expected)), "a video was evaluated twice or not at all"
     return Evaluation(torch.stack([p for _, _, p in found]), torch.tensor([label for _, label, _ in found]))
+
+
+def likeliest(probabilities: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """The `count` likeliest classes, or all if there are fewer, with their `probabilities (C,)`, the likeliest first."""
+    top = probabilities.topk(min(count, len(classes)))
+    return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def predict_files(
