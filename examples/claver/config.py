@@ -123,6 +123,13 @@ class TrainConfig:
     eps: float = 1e-8
     max_grad_norm: float | None = None
     prompts_per_step: int = 5  # drawn anew each step, K of A
+    # "step": K different prompts for all of a step; "microbatch": K with replacement for each micro-batch and process
+    draws: str = "step"
+    classes_per_step: int | None = None  # those of the clips and others at random; None: all, as the paper
+    # which parameters decay: "usual": no vector, scale, class, position or temporal embedding; "official": as the authors'
+    # code has it, all but vectors and position embeddings, so also the temporal embedding and the logit scale
+    decay: str = "usual"
+    max_logit_scale: float | None = 100.0  # CLIP's own bound (arXiv 2103.00020, section 2.5); None: free
     tune: str = "full"  # or "temporal": the image and text models stay frozen
     precision: str = "no"  # or "fp16", "bf16"
     gradient_checkpointing: bool = False
@@ -131,6 +138,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choice("train.tune", self.tune, ("full", "temporal"))
         _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
+        _choice("train.draws", self.draws, ("step", "microbatch"))
+        _choice("train.decay", self.decay, ("usual", "official"))
+        if self.classes_per_step is not None and self.classes_per_step < 2:
+            raise ValueError(f"train.classes_per_step must be at least 2, or null for all, not {self.classes_per_step}")
+        if self.max_logit_scale is not None and not self.max_logit_scale > 0:
+            raise ValueError(f"train.max_logit_scale must be positive, or null for none, not {self.max_logit_scale}")
         for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")

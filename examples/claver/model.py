@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronmask import masks, patch_vit, temporal_parameters
+from kronmask import masks, param_groups, patch_vit, temporal_parameters
 
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
+from .text import FrozenTexts, StepTexts
 
-__all__ = ["Claver", "build_model", "describe_trained", "freeze"]
+__all__ = ["Claver", "build_model", "describe_trained", "freeze", "parameter_groups"]
 
 
 class Claver(nn.Module):
@@ -38,8 +39,10 @@ class Claver(nn.Module):
         """Features `(B, T, E)` of each frame, before normalisation."""
         return self.clip.visual.forward_frames(video)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`."""
+    def encode_text(self, tokens: Tensor | StepTexts | FrozenTexts) -> Tensor:
+        """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`, or of the texts of a training step."""
+        if not isinstance(tokens, Tensor):
+            return tokens.encode(self.clip)
         features = self.clip.encode_text(tokens.flatten(0, -2)).float()
         return F.normalize(features, dim=-1).unflatten(0, tokens.shape[:-1])
 
@@ -49,8 +52,8 @@ class Claver(nn.Module):
             cosines = torch.einsum("be,ace->bac", video_features.float(), text_features.float())
             return self.clip.logit_scale.float().exp() * cosines
 
-    def forward(self, video: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`."""
+    def forward(self, video: Tensor, tokens: Tensor | StepTexts | FrozenTexts) -> Tensor:
+        """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`, or the texts of a training step."""
         return self.logits(self.encode_video(video), self.encode_text(tokens))
 
 
@@ -102,6 +105,28 @@ def freeze(model: Claver, tune: str) -> None:
     temporal = set(temporal_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tune == "full" or name in temporal)
+
+
+def parameter_groups(model: Claver, settings: TrainConfig) -> list[dict[str, Any]]:
+    """The groups of `kronmask.param_groups` under the learning rates and weight decay of `settings`.
+
+    With `decay="official"`, all parameters decay but one-dimensional ones and position embeddings (the authors' code): so do
+    the temporal embedding and the logit scale.
+    """
+    lr, factor = settings.lr, settings.temporal_lr_mult
+    groups = param_groups(model, lr=lr, temporal_lr_mult=factor, weight_decay=settings.weight_decay)
+    if settings.decay == "usual":
+        return groups
+    kept = {id(p) for name, p in model.named_parameters() if p.ndim == 1 or "positional_embedding" in name}
+    by_name = {group["name"]: group for group in groups}
+    for name, group in list(by_name.items()):
+        decaying = [parameter for parameter in group["params"] if id(parameter) not in kept]
+        if name.endswith("_no_decay") and decaying:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+            partner = name.removesuffix("_no_decay")
+            by_name.setdefault(partner, group | {"name": partner, "params": [], "weight_decay": settings.weight_decay})
+            by_name[partner]["params"] += decaying
+    return [group for group in by_name.values() if group["params"]]
 
 
 def describe_trained(model: Claver) -> str:

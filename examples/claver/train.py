@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kronmask import param_groups
-
 from .augment import mixup_cutmix
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import Config, to_dict
@@ -32,9 +30,10 @@ from .data import (
     train_loader,
 )
 from .evaluate import Evaluation, evaluate
-from .model import Claver, build_model, describe_trained, freeze
+from .model import Claver, build_model, describe_trained, freeze, parameter_groups
 from .prompt_choice import choose_prompts
-from .prompts import draw_prompts, tokenize
+from .prompts import tokenize
+from .text import TrainingTexts
 
 # settings that may change when a run is resumed: they do not change what a step computes
 FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
@@ -111,7 +110,8 @@ def train(
     _, prompts, per_step, description = choose_prompts(config, classes)
     if per_step > len(prompts):
         raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
-    say(f"texts: {description}; {per_step} of {len(prompts)} drawn each step")
+    how = "each step" if settings.draws == "step" else "with replacement for each micro-batch and process"
+    say(f"texts: {description}; {per_step} of {len(prompts)} drawn {how}")
 
     torch.manual_seed(config.seed)
     model = build_model(config.model) if model is None else model
@@ -120,13 +120,15 @@ def train(
         model.clip.set_grad_checkpointing()
     say(describe_trained(model))
     tokens = tokens_of(prompts, model).to(accelerator.device)
-    groups = param_groups(
-        model, lr=settings.lr, temporal_lr_mult=settings.temporal_lr_mult, weight_decay=settings.weight_decay
+    texts = TrainingTexts(
+        model, tokens, accelerator, per_step=per_step, draws=settings.draws, classes_per_step=settings.classes_per_step
     )
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+    clips = settings.batch_size // shares
+    say(texts.describe((clips, config.model.frames, 3, config.augment.size, config.augment.size)))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas, eps=settings.eps)
     loader = train_loader(
         TrainDataset(lists["train"], config.model.frames, config.augment, seed=config.seed, cache=data.cache),
-        settings.batch_size // shares,
+        clips,
         num_workers=data.num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -167,24 +169,29 @@ def train(
         batches = iter(loader)
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
-            chosen = draw_prompts(len(tokens), per_step, generator)
+            drawn = texts.draw(generator)
             for group, base in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = learning_rate(step, total, warmup, base, settings.lr * settings.min_lr_ratio)
-            for _ in range(settings.accumulate):
+            for micro_batch in range(settings.accumulate):
+                if micro_batch and settings.draws == "microbatch":
+                    drawn = texts.draw(generator)
                 batch = next(batches)
                 video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
-                video, target = mixup_cutmix(video, label, len(classes), config.augment, generator)
+                present = texts.draw_classes(label, generator)
+                label = torch.searchsorted(present, label)
+                video, target = mixup_cutmix(video, label, len(present), config.augment, generator)
                 with accelerator.accumulate(wrapped):
                     with accelerator.autocast():
-                        logits = wrapped(video, tokens[chosen.to(tokens.device)])
+                        logits = wrapped(video, texts.of(drawn, present))
                     loss = contrastive_loss(logits, target)
                     accelerator.backward(loss)
                     if settings.max_grad_norm and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    with torch.no_grad():  # CLIP's own bound (arXiv 2103.00020, section 2.5)
-                        trained.clip.logit_scale.clamp_(max=math.log(100))
+                    if settings.max_logit_scale is not None:
+                        with torch.no_grad():
+                            trained.clip.logit_scale.clamp_(max=math.log(settings.max_logit_scale))
                 running += loss.detach() / settings.accumulate
             bar.update()
             done = step + 1
