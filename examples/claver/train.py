@@ -18,7 +18,7 @@ from kronmask import param_groups
 
 from .augment import mixup_cutmix
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .config import Config, to_dict
+from .config import Config
 from .data import (
     Sample,
     TestDataset,
@@ -35,6 +35,7 @@ from .evaluate import Evaluation, evaluate
 from .model import Claver, build_model, describe_trained, freeze
 from .prompt_choice import choose_prompts
 from .prompts import draw_prompts, tokenize
+from .settings import to_dict
 
 # settings that may change when a run is resumed: they do not change what a step computes
 FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
