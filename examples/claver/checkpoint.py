@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config, from_dict, to_dict
+from .config import Config
 from .model import Claver, build_model
+from .settings import from_dict, to_dict
 
 __all__ = ["CheckpointError", "from_official", "load_checkpoint", "load_model", "save_checkpoint"]
 

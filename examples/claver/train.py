@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .augment import mixup_cutmix
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .config import Config, to_dict
+from .config import Config
 from .data import (
     Sample,
     TestDataset,
@@ -33,6 +33,7 @@ from .evaluate import Evaluation, evaluate
 from .model import Claver, build_model, describe_trained, freeze, parameter_groups
 from .prompt_choice import choose_prompts
 from .prompts import tokenize
+from .settings import to_dict
 from .text import TrainingTexts
 
 # settings that may change when a run is resumed: they do not change what a step computes
