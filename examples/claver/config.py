@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .augment import AugmentConfig
-from .prompts import KINDS
+from .prompts import KINDS, TEMPLATES
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig"]
 
@@ -30,7 +30,8 @@ class DataConfig:
             the bare class names the only texts.
         kinds: of sentences, some of decomposition, body_parts, synonyms, scene; null for all that the file has.
         per_kind: sentences of each kind, the first ones; null for all.
-        templates: each with {} for the class name; null for the 16 templates for actions.
+        templates: gerund (a person is {}), neutral (fit any class name), official (the authors'), or a list, each with {} for the
+            class name; null for gerund if most class names have one (running), else neutral.
         num_workers: processes that decode videos, for each process that trains.
         cache: keep decoded frames in memory: for small sets, with num_workers 0.
     """
@@ -42,7 +43,7 @@ class DataConfig:
     prompts: str | None = "auto"
     kinds: tuple[str, ...] | None = None
     per_kind: int | None = None
-    templates: tuple[str, ...] | None = None
+    templates: str | tuple[str, ...] | None = None
     num_workers: int = 8
     cache: bool = False
 
@@ -51,6 +52,8 @@ class DataConfig:
             _choice("data.kinds", kind, KINDS)
         if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
             raise ValueError(f"data.kinds must be one or more different kinds, not {list(self.kinds)}")
+        if isinstance(self.templates, str):
+            _choice("data.templates", self.templates, tuple(TEMPLATES), " or a list")
         if self.per_kind is not None and self.per_kind < 1:
             raise ValueError(f"data.per_kind must be at least 1, not {self.per_kind}")
 
@@ -72,7 +75,7 @@ class ModelConfig:
         sink: first frames that are seen beyond the window.
         placement: append, interleave or replace, see patch_vit.
         layers: temporal blocks; null for a third of the image blocks.
-        init: of temporal blocks: random, zero or copy.
+        init: of temporal blocks: random (as CLIP's blocks), torch (as torch's layers, which the authors do), zero or copy.
         temporal_embedding: true for a learned vector for each frame, false for none, or rotary.
         position_std: of the initial positions, for training from scratch, where CLIP's small values take long to grow.
         temporal_std: of the initial temporal embedding; null for the paper's.
@@ -242,6 +245,6 @@ class Config:
     test: TestConfig = field(default_factory=TestConfig)
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: str, choices: tuple[str, ...], others: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}{others}, not {value!r}")
