@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, from_dict, to_dict
+from .files import replace_file
 from .model import Claver, build_model
 
 __all__ = ["CheckpointError", "from_official", "load_checkpoint", "load_model", "save_checkpoint"]
@@ -29,12 +30,10 @@ def save_checkpoint(
     path: str | Path, model: Claver, config: Config, classes: list[str], prompts: list[list[str]], **state: Any
 ) -> None:
     """Write a checkpoint; a run that is cut off while writing leaves the one before it whole."""
-    path = Path(path)
     content: dict[str, Any] = {"format": FORMAT, "model": model.state_dict(), "config": to_dict(config)}
     content |= {"classes": classes, "prompts": prompts}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    torch.save(content | state, partial)
-    partial.replace(path)
+    with replace_file(path) as partial:
+        torch.save(content | state, partial)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
