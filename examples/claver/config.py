@@ -34,6 +34,8 @@ WINDOWED = ("causal", "kmct")
 class DataConfig:
     """Lists of videos and classes, and the texts of the classes. Relative paths in the lists are under `root`.
 
+    `train_list` and `test_list` are text or CSV lists, or else a folder or a tar file with a folder for each class, or
+    WebDataset shards (a folder, a glob, or `shards-{000000..000009}.tar`): see `videos.read_videos`.
     `prompts` says which sentences join the templates: "auto" those that are shipped for the data set whose classes `labels`
     has, if there are any; a data set's name those of that one; a path those of a file; "templates" (or nothing) none;
     "names" makes the bare class names the only texts.
