@@ -22,8 +22,9 @@ class DataConfig:
 
     Attributes:
         root: folder of the relative paths in the lists.
-        train_list: videos to train on, lines of `path label` or a CSV.
-        test_list: videos to evaluate on.
+        train_list: videos to train on: a text file of `path label` lines or a CSV; a folder or a tar file with a folder for each
+            class; or WebDataset shards (a folder, a glob, or shards-{000000..000009}.tar).
+        test_list: videos to evaluate on, likewise.
         labels: CSV of id,name.
         prompts: sentences that join the templates: "auto" those that are shipped for the data set whose classes `labels` has, if
             there are any; a data set's name those of that one; a path those of a file; "templates" (or null) none; "names" makes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,7 @@ from .data import (
     TrainDataset,
     check_files,
     eval_loader,
-    list_hash,
     read_labels,
-    read_list,
     set_epoch,
     train_loader,
 )
@@ -36,6 +35,7 @@ from .model import Claver, build_model, describe_trained, freeze
 from .prompt_choice import choose_prompts
 from .prompts import draw_prompts, tokenize
 from .settings import to_dict
+from .videos import read_videos
 
 # settings that may change when a run is resumed: they do not change what a step computes
 FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
@@ -106,9 +106,9 @@ def train(
     classes = read_labels(data.labels)
     lists = {}
     for name, path in (("train", data.train_list), ("test", data.test_list)):
-        samples = lists[name] = read_list(path, data.root, len(classes))
-        check_files(samples)
-        say(f"{name}: {len(samples)} videos of {len(classes)} classes, list {list_hash(samples, data.root)}")
+        videos = lists[name] = read_videos(path, data.root, classes)
+        check_files(videos.samples)
+        say(f"{name}: {len(videos.samples)} videos of {len(classes)} classes, {videos.kind} {videos.hash}")
     _, prompts, per_step, description = choose_prompts(config, classes)
     if per_step > len(prompts):
         raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
@@ -126,20 +126,23 @@ def train(
     )
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
     loader = train_loader(
-        TrainDataset(lists["train"], config.model.frames, config.augment, seed=config.seed, cache=data.cache),
+        TrainDataset(lists["train"].samples, config.model.frames, config.augment, seed=config.seed, cache=data.cache),
         settings.batch_size // shares,
         num_workers=data.num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
+        stream=lists["train"].kind == "shards",
     )
-    middle = _test_loader(config, lists["test"], accelerator, clips=1, crops=1)
+    middle = _test_loader(config, lists["test"].samples, accelerator, clips=1, crops=1)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained: Claver = accelerator.unwrap_model(wrapped)
 
     steps_per_epoch = len(loader) // settings.accumulate
     if not steps_per_epoch:
-        raise ValueError(f"{len(lists['train'])} training videos do not fill one batch of {settings.batch_size}")
+        raise ValueError(
+            f"{len(lists['train'].samples)} training videos do not fill one batch of {settings.batch_size}"
+        )
     total, warmup = settings.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     first_epoch, best = 0, -1.0
@@ -218,10 +221,19 @@ def train(
     return Run(folder, trained, tokens, history)
 
 
-def run_evaluation(config: Config, model: Claver, tokens: Tensor) -> Evaluation:
-    """Evaluate a model multi-view on the test list of a configuration."""
+def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
+    """Evaluate a model multi-view on the test list of a configuration; `classes` are those of `tokens (A, C, context)`,
+    by default of `data.labels`.
+
+    Raises:
+        ValueError: another number of classes than the texts have.
+        DatasetError: a list or files that are missing or broken, all of them named.
+    """
     accelerator = _processes(config)
-    samples = read_list(config.data.test_list, config.data.root, tokens.shape[1])
+    classes = read_labels(config.data.labels) if classes is None else classes
+    if len(classes) != tokens.shape[1]:
+        raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
+    samples = read_videos(config.data.test_list, config.data.root, classes).samples
     check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
     return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
