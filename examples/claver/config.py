@@ -51,8 +51,17 @@ class DataConfig:
     templates: tuple[str, ...] | None = None  # with {} for the class name; None: the 16 templates for actions
     num_workers: int = 8
     cache: bool = False  # keep decoded frames in memory: for small sets, with num_workers=0
+    broken: str = (
+        "refuse"  # training videos that cannot be read; or "skip": others take their places, and they are named
+    )
+    max_broken: float = 0.01  # share of the training videos that may be skipped; with more the run stops
 
     def __post_init__(self) -> None:
+        _choice("data.broken", self.broken, ("refuse", "skip"))
+        if not 0 <= self.max_broken < 1:
+            raise ValueError(f"data.max_broken must be a share from 0 to less than 1, not {self.max_broken}")
+        if self.broken == "refuse" and self.max_broken != type(self).max_broken:
+            raise ValueError("data.max_broken is of data.broken = skip; leave it out, or skip")
         for kind in self.kinds or ():
             _choice("data.kinds", kind, KINDS)
         if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
@@ -147,6 +156,10 @@ class TestConfig:
     clips: int = 4
     crops: int = 3
     batch_size: int = 8  # videos
+    broken: str = "refuse"  # videos that cannot be read; or "wrong": they count as wrong, and are listed
+
+    def __post_init__(self) -> None:
+        _choice("test.broken", self.broken, ("refuse", "wrong"))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ def loader_of(samples: list[Sample], batch_size: int = 3, *, workers: int = 0, s
     )
 
 
-def indices(loader, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
-    set_epoch(loader, epoch, first_batch)
+def indices(loader, epoch: int = 0, skip: int = 0) -> list[list[int]]:
+    set_epoch(loader, epoch, skip=skip)
     return [batch["index"].tolist() for batch in loader]
 
 

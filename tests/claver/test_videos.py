@@ -58,6 +58,7 @@ def test_equal_content_has_an_equal_hash_whatever_its_form(sources: dict[str, Pa
     root = sources["folder"]
     hashes = {read_videos(path, root, CLASSES).hash for path in sources.values()}
     assert hashes == {list_hash(read_videos(sources["list"], root, CLASSES).samples, root)}
+    assert {read_videos(sources[kind], tmp_path, CLASSES).hash for kind in ("folder", "tar", "shards")} == hashes
     samples = read_videos(sources["tar"], None, CLASSES).samples
     write_shards(samples, tmp_path / "from tar", progress=False)
     assert read_videos(tmp_path / "from tar", None, CLASSES).hash in hashes
