@@ -13,15 +13,15 @@ __all__ = ["BrokenFiles", "broken_files", "check_files", "file_problems"]
 
 
 class BrokenFiles:
-    """The files of a list that a training passes over, up to a share of them; `reasons` says why, by their names.
+    """The files of a list that a training passes over; `reasons` says why, by their names.
 
     Args:
-        expected: files in the list.
-        share: of them that may be missing or broken, 0 to 1.
+        samples: of the list.
+        share: of its files that may be missing or broken, 0 to 1; None: not one.
     """
 
-    def __init__(self, expected: int, share: float) -> None:
-        self.expected = expected
+    def __init__(self, samples: Sequence[Sample], share: float | None) -> None:
+        self.expected = len({sample.path for sample in samples})
         self.share = share
         self.reasons: dict[str, str] = {}
 
@@ -33,10 +33,9 @@ class BrokenFiles:
         """
         new = {name: reason for name, reason in problems if name not in self.reasons}
         self.reasons |= new
-        if len(self.reasons) > self.share * self.expected:
-            raise broken_files(
-                sorted(self.reasons.items()), self.expected, f"more than data.max_broken = {self.share:g} of them"
-            )
+        if len(self.reasons) > (self.share or 0) * self.expected:
+            why = "" if self.share is None else f"more than data.max_broken = {self.share:g} of them"
+            raise broken_files(sorted(self.reasons.items()), self.expected, why)
         return list(new.items())
 
 

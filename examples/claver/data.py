@@ -17,7 +17,7 @@ from einops import rearrange
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
 from .augment import AugmentConfig, crop_views, resize_short_side, train_clip
-from .broken import BrokenFiles, broken_files, check_files
+from .broken import broken_files, check_files
 from .lists import DatasetError, Sample, list_hash, read_labels, read_list
 from .sampling import segment_indices, view_indices
 from .shard_stream import LANES, batches_of_lane, shard_bounds, stream_samples
@@ -25,7 +25,6 @@ from .tars import Member
 from .video import VideoError, probe, read_frames
 
 __all__ = [
-    "BrokenFiles",
     "DatasetError",
     "Sample",
     "TestDataset",
@@ -192,23 +191,16 @@ def train_loader(
             f"{len(dataset)} samples on {world_size} processes do not fill one batch of {batch_size} on each; "
             "use a smaller batch_size"
         )
-    if stream:
-        if dataset.source.cache is not None:
-            raise ValueError("cache=True is for lists and folders: shards are read anew in each epoch")
-        if num_workers and LANES % num_workers:
-            numbers = ", ".join(str(n) for n in range(1, LANES + 1) if LANES % n == 0)
-            raise ValueError(f"training from shards needs num_workers of 0 or one of {numbers}, got {num_workers}")
-        batches = _ShardBatches(dataset, batch_size, rank, world_size)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator(),
-        )
-    sampler = _Shuffled(dataset, rank, world_size, batch_size)
-    return _loader(dataset, batch_size, sampler, num_workers, pin_memory, drop_last=True, collate=_collate)
+    if not stream:
+        sampler = _Shuffled(dataset, rank, world_size, batch_size)
+        return _loader(dataset, dataset.source, batch_size, sampler, num_workers, pin_memory, _collate, drop_last=True)
+    if dataset.source.cache is not None:
+        raise ValueError("cache=True is for lists and folders: shards are read anew in each epoch")
+    if num_workers and LANES % num_workers:
+        numbers = ", ".join(str(n) for n in range(1, LANES + 1) if LANES % n == 0)
+        raise ValueError(f"training from shards needs num_workers of 0 or one of {numbers}, got {num_workers}")
+    batches = _ShardBatches(dataset, batch_size, rank, world_size)
+    return _loader(batches, dataset.source, None, None, num_workers, pin_memory)
 
 
 def eval_loader(
@@ -226,49 +218,49 @@ def eval_loader(
     Raises ValueError for a cache with workers.
     """
     shard = range(rank, len(dataset), world_size)
-    return _loader(dataset, batch_size, shard, num_workers, pin_memory, drop_last=False, collate=dataset.collate)
+    return _loader(dataset, dataset.source, batch_size, shard, num_workers, pin_memory, dataset.collate)
 
 
-def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int, first_batch: int = 0) -> None:
+def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int, *, skip: int = 0) -> None:
     """Set the epoch of the order and the augmentation of a `train_loader`, also in its running workers.
 
-    It then begins with batch `first_batch` of the epoch; those before are not decoded.
+    `skip` batches of the epoch, which were done before, are left out without being decoded.
     """
     order = loader.dataset if isinstance(loader.dataset, _ShardBatches) else loader.sampler
     assert isinstance(order, (_ShardBatches, _Shuffled))
-    order.start(epoch, first_batch)
+    order.start(epoch, skip)
 
 
 class _Shuffled(DistributedSampler[Any]):
-    """The indices of one process in an epoch, shuffled, from some batch on; its length is that of the whole epoch."""
+    """The indices of one process in an epoch, shuffled, without the batches to skip; its length is that of the whole epoch."""
 
     def __init__(self, dataset: TrainDataset, rank: int, world_size: int, batch_size: int) -> None:
         super().__init__(dataset, world_size, rank, shuffle=True, seed=dataset.seed, drop_last=True)
         self.batch_size = batch_size
-        self.first_batch = 0
+        self.skip = 0
 
-    def start(self, epoch: int, first_batch: int) -> None:
+    def start(self, epoch: int, skip: int) -> None:
         self.set_epoch(epoch)
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-        self.first_batch = first_batch
+        self.skip = skip
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(super().__iter__(), self.first_batch * self.batch_size, None)
+        return islice(super().__iter__(), self.skip * self.batch_size, None)
 
 
 class _ShardBatches(IterableDataset[dict[str, Any]]):
-    """The batches of one process in an epoch, from some batch on, read from shards; its length is that of the whole epoch."""
+    """The batches of one process in an epoch, read from shards, without those to skip; its length is that of the whole epoch."""
 
     def __init__(self, clips: TrainDataset, batch_size: int, rank: int, world_size: int) -> None:
         self.clips = clips
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.bounds = shard_bounds(clips.samples)
-        self._first_batch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def start(self, epoch: int, first_batch: int) -> None:
+    def start(self, epoch: int, skip: int) -> None:
         self.clips.set_epoch(epoch)
-        self._first_batch.fill_(first_batch)
+        self._skip.fill_(skip)
 
     def __len__(self) -> int:
         return len(self.clips) // self.world_size // self.batch_size
@@ -276,22 +268,22 @@ class _ShardBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = int(self._first_batch)
+        skip = int(self._skip)
         lanes: dict[int, Iterator[tuple[int, Member]]] = {}
-        for batch in range(first + number, len(self), workers):
+        for batch in range(skip + number, len(self), workers):
             lane = batch % LANES
             if lane not in lanes:
-                lanes[lane] = self._lane(lane, first)
+                lanes[lane] = self._lane(lane, skip)
             items = [self.clips.item(index, video) for index, video in islice(lanes[lane], self.batch_size)]
             yield _collate(items)
 
-    def _lane(self, lane: int, first_batch: int) -> Iterator[tuple[int, Member]]:
-        """The samples of one lane from batch `first_batch` of the process on."""
+    def _lane(self, lane: int, skip: int) -> Iterator[tuple[int, Member]]:
+        """The samples of one lane without those of the first `skip` batches of the process."""
         per_lane = [batches_of_lane(len(self), each) * self.batch_size for each in range(LANES)]
         start = self.rank * sum(per_lane) + sum(per_lane[:lane])
         key = (self.clips.seed, self.clips.epoch, self.rank * LANES + lane)
         samples = stream_samples(self.clips.samples, self.bounds, start, start + per_lane[lane], key)
-        return islice(samples, batches_of_lane(first_batch, lane) * self.batch_size, None)
+        return islice(samples, batches_of_lane(skip, lane) * self.batch_size, None)
 
 
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -322,16 +314,17 @@ class _FrameSource:
 
 
 def _loader(
-    dataset: TrainDataset | TestDataset,
-    batch_size: int,
-    sampler: Iterable[int],
+    dataset: Dataset[dict[str, Any]],
+    source: _FrameSource,
+    batch_size: int | None,
+    sampler: Iterable[int] | None,
     num_workers: int,
     pin_memory: bool,
+    collate: Callable[[list[Any]], Any] | None = None,
     *,
-    drop_last: bool,
-    collate: Callable[[list[Any]], Any],
+    drop_last: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    if dataset.source.cache is not None and num_workers > 0:
+    if source.cache is not None and num_workers > 0:
         raise ValueError(f"cache=True needs num_workers=0, got {num_workers}: each worker would keep all frames")
     return DataLoader(
         dataset,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -18,13 +19,13 @@ from tqdm import tqdm
 from kronmask import param_groups
 
 from .augment import mixup_cutmix
+from .broken import BrokenFiles, check_files, file_problems
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import Config
 from .data import (
     Sample,
     TestDataset,
     TrainDataset,
-    check_files,
     eval_loader,
     read_labels,
     set_epoch,
@@ -38,7 +39,16 @@ from .settings import to_dict
 from .videos import read_videos
 
 # settings that may change when a run is resumed: they do not change what a step computes
-FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
+FREE_ON_RESUME = (
+    "run_dir",
+    "data.root",
+    "data.num_workers",
+    "data.cache",
+    "data.broken",  # while nothing is broken nothing is skipped
+    "data.max_broken",
+    "test.",
+    "train.gradient_checkpointing",
+)
 
 __all__ = ["Run", "contrastive_loss", "learning_rate", "run_evaluation", "tokens_of", "train"]
 
@@ -107,8 +117,13 @@ def train(
     lists = {}
     for name, path in (("train", data.train_list), ("test", data.test_list)):
         videos = lists[name] = read_videos(path, data.root, classes)
-        check_files(videos.samples)
         say(f"{name}: {len(videos.samples)} videos of {len(classes)} classes, {videos.kind} {videos.hash}")
+    skip = data.broken == "skip"
+    broken = BrokenFiles(lists["train"].samples, data.max_broken if skip else None)
+    for problem in broken.add(file_problems(lists["train"].samples)):
+        say("skipping {}: {}".format(*problem))
+    if config.test.broken == "refuse":
+        check_files(lists["test"].samples)
     _, prompts, per_step, description = choose_prompts(config, classes)
     if per_step > len(prompts):
         raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
@@ -126,7 +141,14 @@ def train(
     )
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
     loader = train_loader(
-        TrainDataset(lists["train"].samples, config.model.frames, config.augment, seed=config.seed, cache=data.cache),
+        TrainDataset(
+            lists["train"].samples,
+            config.model.frames,
+            config.augment,
+            seed=config.seed,
+            cache=data.cache,
+            skip_broken=skip,
+        ),
         settings.batch_size // shares,
         num_workers=data.num_workers,
         rank=accelerator.process_index,
@@ -168,7 +190,7 @@ def train(
     for epoch in range(first_epoch, settings.epochs):
         set_epoch(loader, epoch)
         running = torch.zeros((), device=accelerator.device)
-        batches = iter(loader)
+        batches, replaced = iter(loader), 0
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
             chosen = draw_prompts(len(tokens), per_step, generator)
@@ -176,6 +198,9 @@ def train(
                 group["lr"] = learning_rate(step, total, warmup, base, settings.lr * settings.min_lr_ratio)
             for _ in range(settings.accumulate):
                 batch = next(batches)
+                replaced += len(batch["errors"])
+                for problem in broken.add(batch["errors"]):
+                    bar.write("skipping {}: {}".format(*problem))
                 video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
                 video, target = mixup_cutmix(video, label, len(classes), config.augment, generator)
                 with accelerator.accumulate(wrapped):
@@ -198,8 +223,15 @@ def train(
                     raise FloatingPointError(f"the loss is {value} at step {done}; {folder} keeps the last whole epoch")
                 history.append({"step": done, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
                 bar.set_postfix(loss=f"{value:.3f}")
+        if skip:
+            broken.add(gather_object(list(broken.reasons.items())))  # the same for all processes, so all stop or none
+            total_replaced = sum(gather_object([replaced]))
+            say(
+                f"{progress}, epoch {epoch + 1}: {total_replaced} clips of broken videos were replaced; "
+                f"{len(broken.reasons)} of {broken.expected} videos are missing or broken"
+            )
         if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs:
-            top1 = evaluate(trained, middle, tokens, accelerator, progress=None).top(1)
+            top1 = evaluate(trained, middle, tokens, accelerator, broken=config.test.broken, progress=None).top(1)
             history.append({"step": (epoch + 1) * steps_per_epoch, "top1": top1})
             bar.write(
                 f"{progress}, epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
@@ -234,9 +266,11 @@ def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Seque
     if len(classes) != tokens.shape[1]:
         raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
     samples = read_videos(config.data.test_list, config.data.root, classes).samples
-    check_files(samples)
+    if config.test.broken == "refuse":
+        check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
-    return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
+    tokens = tokens.to(accelerator.device)
+    return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
 
 
 def _processes(config: Config) -> Accelerator:

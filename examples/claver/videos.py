@@ -86,7 +86,7 @@ def read_folder(path: str | os.PathLike[str], classes: Sequence[str]) -> list[Sa
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += ["/".join(Path(folder, name).relative_to(root).parts) for name in files if not name.startswith(".")]
     labels = _labels(str(path), names, classes)
-    return [Sample(os.path.join(path, name), labels[name]) for name in sorted(labels)]
+    return [Sample(os.path.join(path, name), label) for name, label in labels.items()]
 
 
 def read_tar(path: str | os.PathLike[str], classes: Sequence[str]) -> list[Sample]:
@@ -102,11 +102,11 @@ def read_tar(path: str | os.PathLike[str], classes: Sequence[str]) -> list[Sampl
         cut = f"{outer.pop()}/"
     inside = {name.removeprefix(cut): member for name, member in members.items()}
     labels = _labels(str(path), list(inside), classes)
-    return [Sample(replace(inside[name], listed=name), labels[name]) for name in sorted(labels)]
+    return [Sample(replace(inside[name], listed=name), label) for name, label in labels.items()]
 
 
 def _labels(source: str, names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
-    """The labels of the videos among names `class/file`; names without a folder that are no videos are not of the set."""
+    """The labels of the videos among names `class/file`, sorted; names without a folder that are no videos are not of the set."""
     known = {class_key(name): label for label, name in enumerate(classes)}
     labels: dict[str, int] = {}
     folders: dict[str, str] = {}  # by class

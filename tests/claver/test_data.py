@@ -216,7 +216,7 @@ def test_an_epoch_can_begin_at_any_batch_without_decoding_those_before(samples: 
     loader = train_loader(TrainDataset(samples, 4, SMALL), 2, num_workers=num_workers, rank=0, world_size=1)
     set_epoch(loader, 5)
     whole = list(loader)
-    set_epoch(loader, 5, 1)
+    set_epoch(loader, 5, skip=1)
     rest = list(loader)
     assert len(whole) == len(rest) + 1 == len(loader) == 3
     for one, other in zip(rest, whole[1:], strict=True):

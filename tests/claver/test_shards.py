@@ -72,8 +72,8 @@ def loader_of(samples: list[Sample], batch_size: int = 3, *, workers: int = 0, s
     )
 
 
-def indices(loader, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
-    set_epoch(loader, epoch, first_batch)
+def indices(loader, epoch: int = 0, skip: int = 0) -> list[list[int]]:
+    set_epoch(loader, epoch, skip=skip)
     return [batch["index"].tolist() for batch in loader]
 
 
@@ -94,6 +94,7 @@ def test_webdataset_reads_our_shards_and_we_read_its(
     ours = sorted({sample.path.archive for sample in shards})
     read = list(webdataset.WebDataset(ours, shardshuffle=False))
     assert [json.loads(sample["json"])["label"] for sample in read] == [label for _, label in videos]
+    assert len({sample["__key__"] for sample in read}) == 60
     assert read[5]["mp4"] == Path(videos[5].path).read_bytes()
     with webdataset.ShardWriter(str(tmp_path / "s-%06d.tar"), maxcount=25, verbose=0) as writer:
         for i, (path, label) in enumerate(videos):
@@ -212,6 +213,12 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_mixes(shards: list[Sample
     assert first != second
     assert first == indices(loader, 0) == indices(loader_of(shards), 0)
     assert first != indices(loader_of(shards, seed=1), 0)
+    halves = [{i for batch in indices(loader_of(shards, world_size=2), epoch) for i in batch} for epoch in range(3)]
+    assert halves[0] != halves[1]  # other shards come to a process
+    one = [sample for sample in shards if sample.path.archive == shards[0].path.archive]
+    orders = [indices(loader_of(one, 11, seed=seed), epoch)[0] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert [sorted(order) for order in orders] == [list(range(11))] * 3
+    assert len(set(map(tuple, orders))) == 3  # and those of one shard in another order
     big = indices(loader_of(shards, 20))  # three lanes of a batch, each mixed in its buffer
     assert all(batch != sorted(batch) for batch in big)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from claver.config import Config, DataConfig
 from claver.lists import DatasetError, list_hash
 from claver.model import build_model
+from claver.pack import pack
 from claver.prompts import build_prompts
 from claver.shards import write_shards
 from claver.train import run_evaluation, tokens_of, train
@@ -58,6 +60,7 @@ def test_equal_content_has_an_equal_hash_whatever_its_form(sources: dict[str, Pa
     root = sources["folder"]
     hashes = {read_videos(path, root, CLASSES).hash for path in sources.values()}
     assert hashes == {list_hash(read_videos(sources["list"], root, CLASSES).samples, root)}
+    assert {read_videos(sources[kind], tmp_path, CLASSES).hash for kind in ("folder", "tar", "shards")} == hashes
     samples = read_videos(sources["tar"], None, CLASSES).samples
     write_shards(samples, tmp_path / "from tar", progress=False)
     assert read_videos(tmp_path / "from tar", None, CLASSES).hash in hashes
@@ -151,3 +154,19 @@ def test_files_beside_the_classes_and_hidden_ones_are_passed_over(tmp_path: Path
     (tmp_path / "archery/a.mp4").unlink()
     with pytest.raises(DatasetError, match="no videos in it"):
         read_videos(tmp_path, None, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["list", "folder", "tar"])
+def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_order(
+    kind: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(sources[kind])
+    data = DataConfig(root=str(sources["folder"]), train_list=path, test_list=path)
+    source = read_videos(path, data.root, CLASSES)
+    assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3, classes=CLASSES) == 0
+    assert f"10 videos in 4 shards, hash {source.hash} (of {path}: {source.hash})" in capsys.readouterr().out
+    pack(Config(data=data), folder=str(tmp_path / "train"), classes=CLASSES)
+    mixed = read_videos(tmp_path / "train", None, CLASSES)
+    assert "mixed by the seed 3047" in capsys.readouterr().out
+    assert mixed.hash != source.hash
+    assert sorted(sample.label for sample in mixed.samples) == [sample.label for sample in source.samples]
