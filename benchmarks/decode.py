@@ -156,10 +156,12 @@ def lend_ffmpeg(folder: Path) -> None:
     import av
 
     folder.mkdir()
-    for library in (Path(av.__file__).parents[1] / "av.libs").iterdir():
+    bundled = Path(av.__file__).parents[1] / "av.libs"
+    for library in bundled.glob("lib*"):
         if named := re.fullmatch(r"(lib(?:av|sw)[a-z]+)-\w+(\.so\.\d+)[\d.]*", library.name):
             (folder / f"{named[1]}{named[2]}").symlink_to(library)
-    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
+    places = (str(folder), str(bundled), os.environ.get("LD_LIBRARY_PATH"))
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, places))
 
 
 def plain_decode(path: str) -> np.ndarray:
@@ -266,11 +268,11 @@ def workers(count: int, path: str, frames: int) -> Iterator[Callable[[str, int],
 
 def measure_speed(path: str, names: Sequence[str], options: argparse.Namespace) -> dict[tuple[str, int], Times]:
     """Seconds of `options.reads` reads in each process, by reader and number of processes."""
+    keys = [(name, count) for count in (1, 2) for name in names]
     with workers(1, path, options.frames) as one, workers(2, path, options.frames) as two:
-        calls = {
-            (name, count): partial(read, name, options.reads) for count, read in ((1, one), (2, two)) for name in names
-        }
-        return interleaved(calls, torch.device("cpu"), rounds=options.rounds, warmup=1, shortest=0)
+        calls = {f"{name}, {count}": partial(one if count == 1 else two, name, options.reads) for name, count in keys}
+        times = interleaved(calls, torch.device("cpu"), rounds=options.rounds, warmup=1, shortest=0)
+    return {(name, count): times[f"{name}, {count}"] for name, count in keys}
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -310,6 +312,8 @@ def measure_memory(path: str, names: Sequence[str], options: argparse.Namespace)
                     point = None
                 if point is None:
                     process.join()
+                    if process.exitcode:
+                        raise RuntimeError(f"reading with {name} ended with exit code {process.exitcode}")
                     del running[receiver]
                     continue
                 bar.update(point[0] - (series[name][-1][0] if series[name] else 0))

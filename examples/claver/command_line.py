@@ -66,6 +66,10 @@ def parse(
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [default, *arguments]
     arguments = [_OPTION.sub(lambda option: "--" + option.group(1).replace("-", "_"), item) for item in arguments]
+    for place, item in enumerate(arguments):  # a file comes first, so that what is typed wins, wherever it stands
+        if item.startswith("--config"):
+            taken = 1 if "=" in item else 2
+            arguments[1:] = arguments[place : place + taken] + arguments[1:place] + arguments[place + taken :]
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
     _add_commands(parser, commands)
     printed = any(item.startswith("--print_config") for item in arguments)  # with what is not given

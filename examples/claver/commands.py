@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import DEMO_CHECKPOINT, prompt_command
+import torch
+
+from . import DEMO_CHECKPOINT, check_demo_checkpoint, prompt_command
 from .command_line import Command, Given, Group
 
 if TYPE_CHECKING:
     from .config import Config
     from .evaluate import Evaluation
     from .model import Claver
+    from .prompt_choice import Choice
 
-__all__ = ["COMMANDS", "Loaded", "open_checkpoint"]
+__all__ = ["COMMANDS", "Loaded", "open_checkpoint", "texts_of"]
 
 # ---- checkpoints and the settings that are given with them --------------------------------------------------------------
 
@@ -40,30 +43,37 @@ def open_checkpoint(path: str, given: Given, *, force: bool = False) -> Loaded:
 
     Raises:
         CheckpointError: no checkpoint, or one whose model is another than the settings say and `force` is not set.
+        ValueError: settings that are wrong; or the demo's checkpoint, which is not there yet.
     """
     from .checkpoint import CheckpointError, load_checkpoint, load_model
     from .settings import from_dict, merge
 
-    if path == DEMO_CHECKPOINT and not Path(path).exists():
-        raise ValueError(f"{path}: not there yet; run the demo first, or pass --checkpoint")
-    content = load_checkpoint(path)
-    stored = content.get("config", {})
-    if not stored and not given.values:
-        raise CheckpointError(f"{path}: an official checkpoint does not say what it is; pass --config")
-    asked = given.values.get("model", {})
-    before = from_dict(stored, path).model
-    different = [
-        f"{name} is {getattr(before, name)!r} there, {asked[name]!r} was asked for"
-        for name in MODEL
-        if stored and name in asked and asked[name] != getattr(before, name)
-    ]
-    if different and not force:
+    check_demo_checkpoint(path)
+    settings = merge(load_checkpoint(path)["config"], given.values)
+    if "attention" not in settings["model"]:
         raise CheckpointError(
-            f"{path}: its weights are of another model: {'; '.join(different)}. Leave that out, or pass --force to try"
+            f"{path}: an official checkpoint that does not say which mask it has; pass --model.attention"
         )
-    config = from_dict(merge(stored, given.values), path)
-    model, content = load_model(path, config)
-    return Loaded(model, content, config)
+    config = from_dict(settings, path)
+    model, content = load_model(path, config, force=force)
+    return Loaded(model.to("cuda" if torch.cuda.is_available() else "cpu"), content, config)
+
+
+def texts_of(loaded: Loaded, given: Given, classes: list[str] | None = None, *, need_labels: bool = False) -> Choice:
+    """The texts that a checkpoint's videos are compared with: of `classes`, of the file of labels if one is given, or its own."""
+    from accelerate import PartialState
+
+    from .lists import read_labels
+    from .prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
+
+    if classes is None and "data.labels" in given.typed and not need_labels:
+        classes = read_labels(loaded.config.data.labels)
+    if classes is not None and classes != loaded.content.get("classes"):
+        choice = choose_prompts_of_others(loaded.config, classes, keep="data.prompts" in given.typed)
+    else:
+        choice = choose_prompts_of_checkpoint(loaded.config, loaded.content, need_labels=need_labels)
+    PartialState().print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
+    return choice
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
@@ -119,15 +129,11 @@ def evaluate(given: Given, *, checkpoint: str, force: bool = False) -> int:
         checkpoint: of this program, or an official one.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from accelerate import PartialState
-
-    from .prompt_choice import choose_prompts_of_checkpoint
     from .train import run_evaluation, tokens_of
 
-    model, content, config = open_checkpoint(checkpoint, given, force=force)
-    choice = choose_prompts_of_checkpoint(config, content)
-    PartialState().print(f"texts of {len(choice.classes)} classes: {choice.description}")
-    _print_evaluation(run_evaluation(config, model, tokens_of(choice.prompts, model)), checkpoint)
+    loaded = open_checkpoint(checkpoint, given, force=force)
+    choice = texts_of(loaded, given, need_labels=True)
+    _print_evaluation(run_evaluation(loaded.config, loaded.model, tokens_of(choice.prompts, loaded.model)), checkpoint)
     return 0
 
 
@@ -136,50 +142,69 @@ def predict(
     videos: list[str],
     *,
     checkpoint: str = DEMO_CHECKPOINT,
-    labels: str | None = None,
+    classes: list[str] | None = None,
     top: int = 5,
+    json: bool = False,
+    annotate: str | None = None,
+    overwrite: bool = False,
     force: bool = False,
 ) -> int:
-    """Print the likeliest classes of video files.
+    """Print the likeliest classes of videos.
 
     Args:
-        videos: files.
+        videos: files, folders, and patterns such as "clips/*.mp4".
         checkpoint: of this program, or an official one.
-        labels: CSV of id,name of other classes than those of the training.
+        classes: names in place of those of the training, as "juggling" "waving"; --data.labels takes a CSV of id,name.
         top: classes to print.
+        json: print a JSON object a line.
+        annotate: mp4 file to write the frames to, over the likeliest classes so far.
+        overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    import torch
+    from .predict import predict as run
 
-    from .data import read_labels
-    from .evaluate import likeliest, predict_files
-    from .prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
-    from .train import tokens_of
-
-    model, content, config = open_checkpoint(checkpoint, given, force=force)
-    if labels:
-        choice = choose_prompts_of_others(config, read_labels(labels), keep="data.prompts" in given.typed)
-    else:
-        choice = choose_prompts_of_checkpoint(config, content, need_labels=False)
-    print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = predict_files(
-        model,
+    loaded = open_checkpoint(checkpoint, given, force=force)
+    choice = texts_of(loaded, given, classes)
+    return run(
         videos,
-        tokens_of(choice.prompts, model),
-        config.model.frames,
-        config.augment,
-        clips=config.test.clips,
-        crops=config.test.crops,
+        model=loaded.model,
+        config=loaded.config,
+        classes=choice.classes,
+        prompts=choice.prompts,
+        top=top,
+        json_lines=json,
+        annotated=annotate,
+        overwrite=overwrite,
     )
-    for path, result in zip(videos, results, strict=True):
-        print(path)
-        if isinstance(result, str):
-            print(f"  error: {result}")
-            continue
-        for name, probability in likeliest(result, choice.classes, top):
-            print(f"  {probability:6.1%}  {name}")
-    return int(any(isinstance(result, str) for result in results))
+
+
+def export(
+    given: Given,
+    *,
+    checkpoint: str,
+    out: str,
+    classes: list[str] | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> int:
+    """Write the two towers as programs of torch.export, and compare them with the model.
+
+    Args:
+        checkpoint: of this program, or an official one.
+        out: folder to write.
+        classes: names in place of those of the training; --data.labels takes a CSV of id,name.
+        overwrite: replace what was exported there before.
+        force: take the settings that are given even where the weights were trained under others.
+    """
+    from .export import export as run
+
+    loaded = open_checkpoint(checkpoint, given, force=force)
+    choice = texts_of(loaded, given, classes)
+    folder = run(
+        loaded.model, out, config=loaded.config, classes=choice.classes, prompts=choice.prompts, overwrite=overwrite
+    )
+    print(f"exported to {folder}")
+    return 0
 
 
 def _print_evaluation(evaluation: Evaluation, what: str, folder: Path | None = None) -> None:
@@ -203,6 +228,7 @@ COMMANDS: dict[str, Command | Group] = {
     "train": Command(train, ("run_dir", "seed", "data.", "model.", "augment.", "train.", "test.")),
     "eval": Command(evaluate, (*LISTS, *TEXTS, *PIXELS, *BOUND, "test.", "train.precision")),
     "predict": Command(predict, (*TEXTS, *PIXELS, *BOUND, "test.clips", "test.crops")),
+    "export": Command(export, (*TEXTS, *PIXELS, *BOUND)),
     "prompts": {
         "make": Command(prompt_command.make),
         "check": Command(prompt_command.check),

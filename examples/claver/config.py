@@ -22,8 +22,9 @@ class DataConfig:
 
     Attributes:
         root: folder of the relative paths in the lists.
-        train_list: videos to train on, lines of `path label` or a CSV.
-        test_list: videos to evaluate on.
+        train_list: videos to train on: a text file of `path label` lines or a CSV; a folder or a tar file with a folder for each
+            class; or WebDataset shards (a folder, a glob, or shards-{000000..000009}.tar).
+        test_list: videos to evaluate on, likewise.
         labels: CSV of id,name.
         prompts: sentences that join the templates: "auto" those that are shipped for the data set whose classes `labels` has, if
             there are any; a data set's name those of that one; a path those of a file; "templates" (or null) none; "names" makes
@@ -34,6 +35,8 @@ class DataConfig:
             class name; null for gerund if most class names have one (running), else neutral.
         num_workers: processes that decode videos, for each process that trains.
         cache: keep decoded frames in memory: for small sets, with num_workers 0.
+        broken: training videos that cannot be read: refuse; or skip, and others take their places, and they are named.
+        max_broken: share of the training videos that may be skipped; with more the run stops.
     """
 
     root: str = "data/k400"
@@ -46,8 +49,15 @@ class DataConfig:
     templates: str | tuple[str, ...] | None = None
     num_workers: int = 8
     cache: bool = False
+    broken: str = "refuse"
+    max_broken: float = 0.01
 
     def __post_init__(self) -> None:
+        _choice("data.broken", self.broken, ("refuse", "skip"))
+        if not 0 <= self.max_broken < 1:
+            raise ValueError(f"data.max_broken must be a share from 0 to less than 1, not {self.max_broken}")
+        if self.broken == "refuse" and self.max_broken != type(self).max_broken:
+            raise ValueError("data.max_broken is of data.broken = skip; leave it out, or skip")
         for kind in self.kinds or ():
             _choice("data.kinds", kind, KINDS)
         if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
@@ -206,6 +216,7 @@ class TestConfig:
         clips: views in time.
         crops: views in space, 1 (the centre) or 3 (along the longer side).
         batch_size: videos.
+        broken: videos that cannot be read: refuse; or wrong, and they count as wrong, and are listed.
     """
 
     __test__ = False  # not a test, whatever pytest makes of its name
@@ -213,8 +224,10 @@ class TestConfig:
     clips: int = 4
     crops: int = 3
     batch_size: int = 8
+    broken: str = "refuse"
 
     def __post_init__(self) -> None:
+        _choice("test.broken", self.broken, ("refuse", "wrong"))
         if self.crops not in (1, 3):
             raise ValueError(f"test.crops must be 1 (the centre) or 3 (along the longer side), not {self.crops}")
         for name in ("clips", "batch_size"):

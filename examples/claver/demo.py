@@ -31,6 +31,7 @@ from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 from .motions import MOTIONS, MotionDataset, write_motion_dataset
 from .prompts import OBJECT_TEMPLATES
 from .sampling import segment_indices
+from .tars import Member
 from .train import run_evaluation, train
 from .video import read_frames
 
@@ -203,7 +204,7 @@ def _draw(
     return pictures
 
 
-def _film(path: str) -> Tensor:
+def _film(path: str | Member) -> Tensor:
     from .video import probe
 
     info = probe(path)

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from .files import replace_file
+
 __all__ = ["MOTIONS", "MotionClip", "MotionDataset", "draw_clip", "opposite", "write_motion_dataset", "write_video"]
 
 MOTIONS = (
@@ -151,10 +153,12 @@ def write_video(path: Path, video: npt.NDArray[np.uint8], frame_rate: int) -> No
         raise ValueError(
             f"video must be uint8 (frames, height, width, 3) with even sides, got {video.dtype} {video.shape}"
         )
-    partial = path.with_name(path.name + ".partial")
     # Without macroblock trees: they look ahead in time, and with them x264's output varies from run to run.
     options = {"crf": "14", "preset": "veryfast", "g": "12", "bf": "2", "threads": "1", "x264-params": "mbtree=0"}
-    with av.open(str(partial), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+    with (
+        replace_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container,
+    ):
         stream: Any = container.add_stream("libx264", rate=Fraction(frame_rate), options=options)
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
@@ -162,7 +166,6 @@ def write_video(path: Path, video: npt.NDArray[np.uint8], frame_rate: int) -> No
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    partial.replace(path)
 
 
 def write_motion_dataset(

@@ -12,14 +12,14 @@ Kinds are those of `prompts.KINDS`; a file may leave some out and have any numbe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .data import read_labels
+from .files import replace_file
+from .lists import read_labels
 from .prompts import KINDS, Interpretive, clean_class_name, some
 
 __all__ = [
@@ -108,17 +108,9 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 def write_prompt_file(path: str | Path, header: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
     """Writes a file with a header, one sentence a line; one that is cut off leaves the file before it whole."""
-    path = Path(path)
     content = {"format": FORMAT, **header, "classes": dict(entries)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replace_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_prompts(path: str | Path, classes: Sequence[str], kinds: Sequence[str] | None = None) -> Interpretive:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .augment import mixup_cutmix
+from .broken import BrokenFiles, check_files, file_problems
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import Config
 from .data import (
     Sample,
     TestDataset,
     TrainDataset,
-    check_files,
     eval_loader,
-    list_hash,
     read_labels,
-    read_list,
     set_epoch,
     train_loader,
 )
@@ -35,9 +35,19 @@ from .prompt_choice import choose_prompts
 from .prompts import tokenize
 from .settings import to_dict
 from .text import TrainingTexts
+from .videos import read_videos
 
 # settings that may change when a run is resumed: they do not change what a step computes
-FREE_ON_RESUME = ("run_dir", "data.root", "data.num_workers", "data.cache", "test.", "train.gradient_checkpointing")
+FREE_ON_RESUME = (
+    "run_dir",
+    "data.root",
+    "data.num_workers",
+    "data.cache",
+    "data.broken",  # while nothing is broken nothing is skipped
+    "data.max_broken",
+    "test.",
+    "train.gradient_checkpointing",
+)
 
 __all__ = ["Run", "contrastive_loss", "learning_rate", "run_evaluation", "tokens_of", "train"]
 
@@ -105,9 +115,14 @@ def train(
     classes = read_labels(data.labels)
     lists = {}
     for name, path in (("train", data.train_list), ("test", data.test_list)):
-        samples = lists[name] = read_list(path, data.root, len(classes))
-        check_files(samples)
-        say(f"{name}: {len(samples)} videos of {len(classes)} classes, list {list_hash(samples, data.root)}")
+        videos = lists[name] = read_videos(path, data.root, classes)
+        say(f"{name}: {len(videos.samples)} videos of {len(classes)} classes, {videos.kind} {videos.hash}")
+    skip = data.broken == "skip"
+    broken = BrokenFiles(lists["train"].samples, data.max_broken if skip else None)
+    for problem in broken.add(file_problems(lists["train"].samples)):
+        say("skipping {}: {}".format(*problem))
+    if config.test.broken == "refuse":
+        check_files(lists["test"].samples)
     _, prompts, per_step, description = choose_prompts(config, classes)
     if per_step > len(prompts):
         raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
@@ -128,20 +143,30 @@ def train(
     say(texts.describe((clips, config.model.frames, 3, config.augment.size, config.augment.size)))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas, eps=settings.eps)
     loader = train_loader(
-        TrainDataset(lists["train"], config.model.frames, config.augment, seed=config.seed, cache=data.cache),
+        TrainDataset(
+            lists["train"].samples,
+            config.model.frames,
+            config.augment,
+            seed=config.seed,
+            cache=data.cache,
+            skip_broken=skip,
+        ),
         clips,
         num_workers=data.num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
+        stream=lists["train"].kind == "shards",
     )
-    middle = _test_loader(config, lists["test"], accelerator, clips=1, crops=1)
+    middle = _test_loader(config, lists["test"].samples, accelerator, clips=1, crops=1)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained: Claver = accelerator.unwrap_model(wrapped)
 
     steps_per_epoch = len(loader) // settings.accumulate
     if not steps_per_epoch:
-        raise ValueError(f"{len(lists['train'])} training videos do not fill one batch of {settings.batch_size}")
+        raise ValueError(
+            f"{len(lists['train'].samples)} training videos do not fill one batch of {settings.batch_size}"
+        )
     total, warmup = settings.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     first_epoch, best = 0, -1.0
@@ -167,7 +192,7 @@ def train(
     for epoch in range(first_epoch, settings.epochs):
         set_epoch(loader, epoch)
         running = torch.zeros((), device=accelerator.device)
-        batches = iter(loader)
+        batches, replaced = iter(loader), 0
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
             drawn = texts.draw(generator)
@@ -177,6 +202,9 @@ def train(
                 if micro_batch and settings.draws == "microbatch":
                     drawn = texts.draw(generator)
                 batch = next(batches)
+                replaced += len(batch["errors"])
+                for problem in broken.add(batch["errors"]):
+                    bar.write("skipping {}: {}".format(*problem))
                 video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
                 present = texts.draw_classes(label, generator)
                 label = torch.searchsorted(present, label)
@@ -202,8 +230,15 @@ def train(
                     raise FloatingPointError(f"the loss is {value} at step {done}; {folder} keeps the last whole epoch")
                 history.append({"step": done, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
                 bar.set_postfix(loss=f"{value:.3f}")
+        if skip:
+            broken.add(gather_object(list(broken.reasons.items())))  # the same for all processes, so all stop or none
+            total_replaced = sum(gather_object([replaced]))
+            say(
+                f"{progress}, epoch {epoch + 1}: {total_replaced} clips of broken videos were replaced; "
+                f"{len(broken.reasons)} of {broken.expected} videos are missing or broken"
+            )
         if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs:
-            top1 = evaluate(trained, middle, tokens, accelerator, progress=None).top(1)
+            top1 = evaluate(trained, middle, tokens, accelerator, broken=config.test.broken, progress=None).top(1)
             history.append({"step": (epoch + 1) * steps_per_epoch, "top1": top1})
             bar.write(
                 f"{progress}, epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
@@ -225,13 +260,24 @@ def train(
     return Run(folder, trained, tokens, history)
 
 
-def run_evaluation(config: Config, model: Claver, tokens: Tensor) -> Evaluation:
-    """Evaluate a model multi-view on the test list of a configuration."""
+def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
+    """Evaluate a model multi-view on the test list of a configuration; `classes` are those of `tokens (A, C, context)`,
+    by default of `data.labels`.
+
+    Raises:
+        ValueError: another number of classes than the texts have.
+        DatasetError: a list or files that are missing or broken, all of them named.
+    """
     accelerator = _processes(config)
-    samples = read_list(config.data.test_list, config.data.root, tokens.shape[1])
-    check_files(samples)
+    classes = read_labels(config.data.labels) if classes is None else classes
+    if len(classes) != tokens.shape[1]:
+        raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
+    samples = read_videos(config.data.test_list, config.data.root, classes).samples
+    if config.test.broken == "refuse":
+        check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
-    return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
+    tokens = tokens.to(accelerator.device)
+    return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
 
 
 def _processes(config: Config) -> Accelerator:

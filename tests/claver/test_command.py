@@ -1,10 +1,12 @@
 """The command: predicts real files, and prints errors that name the culprit instead of a traceback."""
 
 import json
+from pathlib import Path
 
 import claver_k400
 import pytest
 from claver.command_line import parse
+from claver.data import read_labels
 from claver.demo import demo
 from claver.train import train
 from small import small_config
@@ -31,8 +33,13 @@ def test_predict_takes_other_classes(run, capsys, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("id,name\n0,cat\n1,dog\n")
     video = f"{run.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", "--labels", str(labels), video]) == 0
-    assert {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines()[1:]} == {"cat", "dog"}
+    checkpoint = ["--checkpoint", f"{run.run_dir}/best.pt"]
+    assert claver_k400.main(["predict", *checkpoint, f"--data.labels={labels}", video]) == 0
+    printed = capsys.readouterr()
+    assert "texts of 2 classes" in printed.err
+    assert claver_k400.main(["predict", video, *checkpoint, "--classes", "cat", "dog"]) == 0
+    assert capsys.readouterr().out == printed.out
+    assert {line.split("%")[1].strip() for line in printed.out.splitlines()[1:]} == {"cat", "dog"}
 
 
 def test_predict_reports_a_broken_file_and_goes_on(run, capsys, tmp_path):
@@ -43,6 +50,44 @@ def test_predict_reports_a_broken_file_and_goes_on(run, capsys, tmp_path):
     output = capsys.readouterr().out
     assert "error:" in output
     assert "%" in output
+
+
+def test_ids_in_another_order_give_the_same_number(run, capsys, tmp_path):
+    """What an id means is what the file of labels says now, not what it said when the checkpoint was trained."""
+    classes = read_labels(run.data.labels)
+    order = [3, 0, 7, 5, 1, 2, 6, 4]  # the new id of each old one
+    labels, videos = tmp_path / "labels.csv", tmp_path / "test.txt"
+    labels.write_text(
+        "id,name\n" + "".join(f"{new},{name}\n" for new, name in sorted(zip(order, classes, strict=True)))
+    )
+    lines = [line.rsplit(maxsplit=1) for line in Path(run.data.test_list).read_text().splitlines()]
+    videos.write_text("".join(f"{path} {order[int(old)]}\n" for path, old in lines))
+    command = ["eval", "--checkpoint", f"{run.run_dir}/best.pt"]
+    results = []
+    for settings in ([], [f"--data.labels={labels}", f"--data.test_list={videos}"]):
+        assert claver_k400.main([*command, *settings]) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("model.attention=kmct", "model.attention is 'kmt' there, 'kmct' here"),
+        ("model.placement=interleave", "model.placement is 'append' there, 'interleave' here"),
+        ("model.frames=8", "model.frames is 4 there, 8 here"),
+        ("model.temporal_embedding=false", "model.temporal_embedding is True there, False here"),
+    ],
+)
+def test_a_model_that_the_weights_are_not_of_is_refused_unless_forced(run, setting, named, capsys):
+    command = ["eval", "--checkpoint", f"{run.run_dir}/best.pt", f"--{setting}"]
+    assert claver_k400.main(command) == 1
+    assert named in capsys.readouterr().err
+    if "frames" in setting:
+        with pytest.warns(
+            UserWarning, match="was trained on 4 frames and gets 8: its temporal embedding is interpolated"
+        ):
+            assert claver_k400.main([*command, "--force"]) == 0
 
 
 def test_eval_prints_top_1_and_top_5(run, capsys):

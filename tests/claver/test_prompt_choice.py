@@ -201,26 +201,29 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     assert len(load_checkpoint(checkpoint)["prompts"]) == 36
 
     assert claver_k400.main(["eval", "--checkpoint", checkpoint]) == 0
-    assert "texts of 8 classes: the 36 of its training" in capsys.readouterr().out
+    assert "texts of 8 classes: the 36 of its training" in capsys.readouterr().err
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.prompts=names"]) == 0
-    assert "texts of 8 classes: the class names alone" in capsys.readouterr().out
+    assert "texts of 8 classes: the class names alone" in capsys.readouterr().err
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.kinds=[scene]"]) == 0
     assert (
-        "16 templates (neutral: 0 of 8 class names have a gerund) and 5 sentences (5 scene)" in capsys.readouterr().out
+        "16 templates (neutral: 0 of 8 class names have a gerund) and 5 sentences (5 scene)" in capsys.readouterr().err
     )
 
     other = tmp_path / "labels.csv"  # zero-shot: other classes bring other texts
     with other.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "name"), *enumerate(shipped_classes("ucf101"))])
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, f"--data.labels={other}"]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     assert (
-        "texts of 101 classes: 16 templates (neutral: 50 of 101 class names have a gerund) and 20 sentences" in printed
+        "texts of 101 classes: 16 templates (neutral: 50 of 101 class names have a gerund) and 20 sentences"
+        in printed.err
     )
-    assert json.loads(printed.splitlines()[-1])["videos"] == 8
+    assert json.loads(printed.out.splitlines()[-1])["videos"] == 8
 
     video = f"{config.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", checkpoint, "--labels", str(other), "--top", "101", video]) == 0
+    assert (
+        claver_k400.main(["predict", "--checkpoint", checkpoint, f"--data.labels={other}", "--top", "101", video]) == 0
+    )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 102
     assert (
@@ -273,7 +276,7 @@ def test_prediction_of_other_classes_keeps_names_and_templates_but_no_sentences_
     save_checkpoint(checkpoint, build_model(config.model), config, classes, build_prompts(classes, ["{}"]))
     labels.write_text("id,name\n0,archery\n1,zumba\n")
     video = f"{config.data.root}/videos/test_00000.mp4"
-    command = ["predict", "--checkpoint", str(checkpoint), "--labels", str(labels), video]
+    command = ["predict", "--checkpoint", str(checkpoint), f"--data.labels={labels}", video]
 
     def texts(*options):
         assert claver_k400.main([*command, *options]) == 0
