@@ -285,7 +285,7 @@ def _ends(tower: Any, tokens: Tensor) -> Tensor:
     """The place of the end token."""
     if _pooling(tower) == "argmax":  # the highest of the vocabulary
         return tokens.argmax(-1)
-    return (tokens == getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))).int().argmax(-1)
+    return torch.eq(tokens, getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))).int().argmax(-1)
 
 
 def _encode_cut(clip: Any, tokens: Tensor) -> Tensor:
