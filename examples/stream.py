@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claver import DEMO_CHECKPOINT
+from claver import DEMO_CHECKPOINT, check_demo_checkpoint
 
 if TYPE_CHECKING:
     from claver.annotate import AnnotatedVideo
@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from claver.streaming import StreamClassifier
     from claver.train import tokens_of
 
-    if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
-        raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first (claver_k400.py), or pass --checkpoint")
+    check_demo_checkpoint(options.checkpoint)
     for path in filter(None, (options.out, options.plot)):
         if any(Path(path).resolve() == Path(source).resolve() for source in options.sources):
             raise ValueError(f"{path}: is a source, which is not to be written over; give another name")
