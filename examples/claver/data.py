@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,7 +279,7 @@ def train_loader(
             f"{len(dataset)} samples on {world_size} processes do not fill one batch of {batch_size} on each; "
             "use a smaller batch_size"
         )
-    sampler: DistributedSampler[Any] = DistributedSampler(
+    sampler = _ResumableSampler(
         dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=dataset.seed, drop_last=True
     )
     return _loader(dataset, batch_size, sampler, num_workers, pin_memory, drop_last=True, collate=default_collate)
@@ -301,12 +303,26 @@ def eval_loader(
     return _loader(dataset, batch_size, shard, num_workers, pin_memory, drop_last=False, collate=dataset.collate)
 
 
-def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:
-    """Set the epoch of the order and the augmentation of a `train_loader`, also in its running workers."""
+def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int, *, skip: int = 0) -> None:
+    """Set the epoch of the order and the augmentation of a `train_loader`, also in its running workers.
+
+    `skip` batches of the epoch, which were done before, are left out without being read.
+    """
     assert isinstance(loader.dataset, TrainDataset)
-    assert isinstance(loader.sampler, DistributedSampler)
+    assert isinstance(loader.sampler, _ResumableSampler)
+    assert loader.batch_size is not None
     loader.dataset.set_epoch(epoch)
     loader.sampler.set_epoch(epoch)
+    loader.sampler.skip = skip * loader.batch_size
+
+
+class _ResumableSampler(DistributedSampler[Any]):
+    """A DistributedSampler that leaves out the first `skip` samples of its process."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 class _FrameSource:
@@ -352,8 +368,15 @@ def _loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_training,
         generator=torch.Generator(),  # leaves torch's global random state alone
     )
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the workers go on, so that the training's step can come to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _generator(seed: int, epoch: int, index: int) -> torch.Generator:
