@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import broken_files
+from .data import TestDataset, broken_files
 from .model import Claver
 
 __all__ = [
