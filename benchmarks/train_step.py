@@ -1,6 +1,6 @@
 """What the texts of a training step of CLAVER cost: encoded whole by every process, cut, shared, and encoded once.
 
-    python benchmarks/train_step.py           # ViT-B/32 at 128 px, 12 classes; writes benchmarks/results; 15 minutes on two cores
+    python benchmarks/train_step.py           # towers of 4 blocks, 8 classes; writes benchmarks/results; 5 minutes on two cores
     python benchmarks/train_step.py --quick   # a look, with a small model; writes runs/benchmarks
 
 A step is a forward and a backward through both towers, with prompts that are drawn anew each round out of those shipped for
@@ -17,7 +17,7 @@ import functools
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ class Step:
         from claver.text import TrainingTexts
 
         ranks, rank = (self.ranks, self.rank) if way == SHARED else (1, 0)
-        processes: Any = SimpleNamespace(num_processes=ranks, process_index=rank)
+        processes: Any = SimpleNamespace(num_processes=ranks, process_index=rank, autocast=nullcontext)
         every = torch.arange(self.tokens.shape[1])
         if way != FROZEN_ONCE or self.once is None:
             texts = TrainingTexts(self.model, self.tokens, processes, per_step=self.per_step)
@@ -79,7 +79,7 @@ class Step:
     def __call__(self, way: str, seed: int) -> float:
         """The loss of a step, which leaves its gradients."""
         from claver.model import freeze
-        from claver.train import contrastive_loss
+        from claver.step import contrastive_loss
 
         if self.ranks == 1:
             freeze(self.model, "temporal" if way in (FROZEN_WHOLE, FROZEN_ONCE) else "full")
@@ -309,13 +309,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "out": RESULTS,
     }
     quick = {"classes": 6, "clips": 2, "size": 64, "depth": 3, "width": 128, "text_width": 128, "rounds": 3}
-    parser.add_argument("--classes", type=int, help="of Kinetics-400, the first ones: 12")
+    parser.add_argument("--classes", type=int, help="of Kinetics-400, the first ones: 8")
     parser.add_argument("--prompts", type=int, default=5, help="of each class in a step")
-    parser.add_argument("--clips", type=int, help="on each process: 4")
+    parser.add_argument("--clips", type=int, help="on each process: 2")
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", type=int, help="pixels, a multiple of 32: 128")
-    parser.add_argument("--depth", type=int, help="blocks of each tower: 12")
-    parser.add_argument("--width", type=int, help="of the vision tower: 768")
+    parser.add_argument("--size", type=int, help="pixels, a multiple of 32: 96")
+    parser.add_argument("--depth", type=int, help="blocks of each tower: 4")
+    parser.add_argument("--width", type=int, help="of the vision tower: 512")
     parser.add_argument("--text-width", type=int, help="of the text tower: 512")
     parser.add_argument("--rounds", type=int, help="in which each way runs once: 5")
     parser.add_argument("--out", type=Path, help="folder: benchmarks/results")

@@ -2,7 +2,7 @@
 
 import os
 
-DEMO_CHECKPOINT = "runs/demo/claver.pt"  # what commands take that are given none
+DEMO_CHECKPOINT = "runs/demo/claver.safetensors"  # what commands take that are given none
 
 
 def check_demo_checkpoint(path: str) -> None:

@@ -104,21 +104,23 @@ def demo(
     return 0
 
 
-def train(given: Given, *, resume: bool = False) -> int:
+def train(given: Given, *, resume: bool = False, init_from: str | None = None) -> int:
     """Train on videos, and evaluate the best checkpoint.
 
     Args:
         resume: go on with the run in the run folder.
+        init_from: checkpoint, ours or the authors', whose weights are those of step 0.
     """
     from .checkpoint import load_model
+    from .run_folder import BEST
     from .settings import from_dict
     from .train import run_evaluation
     from .train import train as run_training
 
     config = from_dict(given.values, "the configuration")
-    run = run_training(config, resume=resume)
-    model, content = load_model(run.folder / "best.pt")
-    _print_evaluation(run_evaluation(config, model, run.tokens), f"best.pt, of epoch {content['epoch']}", run.folder)
+    run = run_training(config, resume=resume, init_from=init_from)
+    model, content = load_model(run.folder / BEST)
+    _print_evaluation(run_evaluation(config, model, run.tokens), f"{BEST}, of epoch {content['epoch']}", run.folder)
     return 0
 
 

@@ -154,12 +154,14 @@ class TrainConfig:
         accumulate: steps through the model for one of the optimizer.
         lr: learning rate after the warm-up.
         temporal_lr_mult: factor on it for temporal parameters.
+        layer_decay: factor on it for each block of a tower below its last, such as 0.75; null for none.
         min_lr_ratio: of the last to the first learning rate of the cosine.
         warmup_epochs: epochs in which the learning rate rises from 0.
         weight_decay: of matrices; biases, norms and positions have none, see decay.
         betas: of AdamW.
         eps: of AdamW.
         max_grad_norm: to which gradients are cut; null for any.
+        ema: decay each step of the average of the weights that is evaluated, such as 0.9998; null for no average.
         prompts_per_step: texts of each class that are drawn anew each step.
         draws: step (different texts, for all micro-batches and processes of a step) or microbatch (each draws its own, with
             replacement, as the authors' code does).
@@ -167,10 +169,19 @@ class TrainConfig:
         decay: which parameters have weight decay: usual (matrices) or official (the authors' rule: also the temporal embedding
             and the logit scale).
         max_logit_scale: bound of the logits' scale, CLIP's own by default; null for none.
-        tune: full; or temporal, and the image and text models stay frozen.
+        tune: full; or vision, and the text tower stays frozen; or temporal, and the image tower does, too.
         precision: no (float32), fp16 or bf16.
         gradient_checkpointing: compute activations again instead of keeping them.
+        compile: by torch.compile.
+        fsdp: each process keeps its share of weights and optimizer (FSDP2), for models too large for one GPU.
+        timeout: seconds after which a process gives up waiting for the others.
         evaluate_every: epochs between evaluations of the middle view.
+        save_every: steps between checkpoints, besides the one at the end of each epoch; null for none.
+        keep: last checkpoints; the best is kept besides.
+        trackers: where losses are logged besides history.jsonl, names that Accelerate knows.
+
+    Raises:
+        ValueError: a value that no run can have; the message names it.
     """
 
     epochs: int = 60
@@ -178,12 +189,14 @@ class TrainConfig:
     accumulate: int = 1
     lr: float = 1.2e-5
     temporal_lr_mult: float = 10.0
+    layer_decay: float | None = None
     min_lr_ratio: float = 0.01
     warmup_epochs: float = 5.0
     weight_decay: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     max_grad_norm: float | None = None
+    ema: float | None = None
     prompts_per_step: int = 5
     draws: str = "step"
     classes_per_step: int | None = None
@@ -192,20 +205,38 @@ class TrainConfig:
     tune: str = "full"
     precision: str = "no"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    timeout: float = 600.0
     evaluate_every: int = 5
+    save_every: int | None = None
+    keep: int = 1
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        _choice("train.tune", self.tune, ("full", "temporal"))
+        _choice("train.tune", self.tune, ("full", "temporal", "vision"))
         _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
         _choice("train.draws", self.draws, ("step", "microbatch"))
         _choice("train.decay", self.decay, ("usual", "official"))
         if self.classes_per_step is not None and self.classes_per_step < 2:
             raise ValueError(f"train.classes_per_step must be at least 2, or null for all, not {self.classes_per_step}")
-        if self.max_logit_scale is not None and not self.max_logit_scale > 0:
-            raise ValueError(f"train.max_logit_scale must be positive, or null for none, not {self.max_logit_scale}")
-        for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {value}")
+        for name in ("lr", "eps", "timeout", "max_grad_norm", "max_logit_scale"):
+            _within(f"train.{name}", getattr(self, name), "(0, inf)")
+        for name in ("temporal_lr_mult", "warmup_epochs", "weight_decay"):
+            _within(f"train.{name}", getattr(self, name), "[0, inf)")
+        _within("train.min_lr_ratio", self.min_lr_ratio, "[0, 1]")
+        _within("train.layer_decay", self.layer_decay, "(0, 1]")
+        _within("train.ema", self.ema, "(0, 1)")
+        if len(self.betas) != 2:
+            raise ValueError(f"train.betas must be two numbers, not {list(self.betas)}")
+        for beta in self.betas:
+            _within("train.betas", beta, "[0, 1)")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"train.trackers must be different names, not {list(self.trackers)}")
 
 
 @dataclass(frozen=True)
@@ -261,3 +292,13 @@ class Config:
 def _choice(name: str, value: str, choices: tuple[str, ...], others: str = "") -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}{others}, not {value!r}")
+
+
+def _within(name: str, value: float | None, interval: str) -> None:
+    """Refuse a number outside of an interval such as "(0, 1]", whose parentheses exclude and brackets include; NaN is outside."""
+    low, high = map(float, interval[1:-1].split(","))
+    if value is not None and not (
+        (low <= value if interval[0] == "[" else low < value)
+        and (value <= high if interval[-1] == "]" else value < high)
+    ):
+        raise ValueError(f"{name} must be in {interval}, not {value}")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronmask import masks, param_groups, patch_vit, temporal_parameters
+from kronmask import masks, patch_vit, temporal_parameters
 from kronmask.nn import MLP, KronAttention
 
-from .config import ModelConfig, TrainConfig
+from .config import Config, ModelConfig
 from .text import FrozenTexts, StepTexts
 
-__all__ = ["Claver", "build_model", "describe_trained", "freeze", "parameter_groups", "torch_defaults"]
+__all__ = ["Claver", "build_model", "describe_trained", "freeze", "torch_defaults"]
 
 
 class Claver(nn.Module):
@@ -31,6 +32,17 @@ class Claver(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        # of a model `from_pretrained`: what it was trained as
+        self.config: Config | None = None
+        self.classes: list[str] = []
+        self.prompts: list[list[str]] = []
+
+    @staticmethod
+    def from_pretrained(name: str | Path, *, revision: str | None = None) -> Claver:
+        """A model of the Hugging Face Hub, or of a folder, as `hub.from_pretrained`."""
+        from .hub import from_pretrained
+
+        return from_pretrained(name, revision=revision)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Features `(B, E)` of normalised clips `(B, T, 3, H, W)`."""
@@ -126,28 +138,6 @@ def freeze(model: Claver, tune: str) -> None:
     temporal = set(temporal_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tune == "full" or name in temporal)
-
-
-def parameter_groups(model: Claver, settings: TrainConfig) -> list[dict[str, Any]]:
-    """The groups of `kronmask.param_groups` under the learning rates and weight decay of `settings`.
-
-    With `decay="official"`, all parameters decay but one-dimensional ones and position embeddings (the authors' code): so do
-    the temporal embedding and the logit scale.
-    """
-    lr, factor = settings.lr, settings.temporal_lr_mult
-    groups = param_groups(model, lr=lr, temporal_lr_mult=factor, weight_decay=settings.weight_decay)
-    if settings.decay == "usual":
-        return groups
-    kept = {id(p) for name, p in model.named_parameters() if p.ndim == 1 or "positional_embedding" in name}
-    by_name = {group["name"]: group for group in groups}
-    for name, group in list(by_name.items()):
-        decaying = [parameter for parameter in group["params"] if id(parameter) not in kept]
-        if name.endswith("_no_decay") and decaying:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
-            partner = name.removesuffix("_no_decay")
-            by_name.setdefault(partner, group | {"name": partner, "params": [], "weight_decay": settings.weight_decay})
-            by_name[partner]["params"] += decaying
-    return [group for group in by_name.values() if group["params"]]
 
 
 def describe_trained(model: Claver) -> str:

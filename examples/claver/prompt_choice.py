@@ -87,11 +87,11 @@ def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any], *, 
     """
     ours = to_dict(config)["data"]
     theirs = content.get("config", {}).get("data", {})
-    stored: list[str] | None = content.get("classes")
+    stored: list[str] | None = content.get("classes") or None  # a converted one may have none
     same_file = ours["labels"] == theirs.get("labels")
     classes = read_labels(config.data.labels) if need_labels or stored is None or not same_file else stored
     other_texts = any(ours[key] != theirs.get(key) for key in TEXT_SETTINGS)
-    if "prompts" not in content or other_texts or classes != stored:  # the order counts: an id is a place in the list
+    if not content.get("prompts") or other_texts or classes != stored:  # the order counts: an id is a place in the list
         return choose_prompts(config, classes)
     prompts = content["prompts"]
     return Choice(classes, prompts, config.train.prompts_per_step, f"the {len(prompts)} of its training")

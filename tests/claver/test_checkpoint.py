@@ -11,7 +11,9 @@ from claver.checkpoint import CheckpointError, load_checkpoint, load_model, save
 from claver.config import Config
 from claver.model import build_model
 from claver.official import from_official
+from claver.settings import to_dict
 from official_files import official_names
+from safetensors.torch import load_file, save_file
 from small import TEXT, VISION, small_model
 
 REGRESSION = Path(__file__).parent / "regression.pt"
@@ -21,17 +23,27 @@ CLASSES, PROMPTS = ["left", "right"], [["a left", "a right"]]
 def test_a_checkpoint_round_trips(tmp_path):
     config = Config(model=small_model())
     model = build_model(config.model).eval()
-    save_checkpoint(tmp_path / "c.pt", model, config, CLASSES, PROMPTS, epoch=3)
-    loaded, content = load_model(tmp_path / "c.pt")
-    assert (content["epoch"], content["classes"], content["prompts"]) == (3, CLASSES, PROMPTS)
+    save_checkpoint(tmp_path / "c.safetensors", model, config, CLASSES, PROMPTS, epoch=3, step=7)
+    loaded, content = load_model(tmp_path / "c.safetensors")
+    assert (content["epoch"], content["step"], content["classes"], content["prompts"]) == (3, 7, CLASSES, PROMPTS)
     assert not loaded.training
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
-    assert os.listdir(tmp_path) == ["c.pt"]
-    assert (
-        torch.load(tmp_path / "c.pt", weights_only=True)["epoch"] == 3
-    )  # plain values: torch's own safe reader takes it
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+    assert load_file(tmp_path / "c.safetensors").keys() == model.state_dict().keys()
+
+
+def test_checkpoints_of_before_safetensors_are_read(tmp_path):
+    config = Config(model=small_model())
+    model = build_model(config.model).eval()
+    old = {"format": "kronmask-claver-1", "model": model.state_dict(), "config": to_dict(config)}
+    torch.save(old | {"classes": CLASSES, "prompts": PROMPTS, "epoch": 3}, tmp_path / "best.pt")
+    loaded, content = load_model(tmp_path / "best.pt")
+    assert (content["epoch"], content["classes"], content["prompts"]) == (3, CLASSES, PROMPTS)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_a_malicious_pickle_does_nothing(tmp_path):
@@ -62,7 +74,8 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state": 1}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    for name in ("list.pt", "empty.pt", "text.pt", "nowhere.pt"):
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    for name in ("list.pt", "empty.pt", "text.pt", "nowhere.pt", "foreign.safetensors"):
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(tmp_path / name)
 
@@ -82,8 +95,12 @@ def test_what_our_checkpoint_says_of_its_model_binds(tmp_path):
     with pytest.raises(CheckpointError, match=r"attention is 'kmct' there, 'causal' here.*window is 3 there, 2 here"):
         load_model(path, Config(model=dataclasses.replace(config.model, attention="causal", window=2)))
     load_model(path, Config(model=dataclasses.replace(config.model, window=2)), force=True)
-    with pytest.warns(UserWarning, match="on 4 frames and gets 6: its time is relative"):
-        load_model(path, Config(model=dataclasses.replace(config.model, frames=6)))
+    longer = Config(model=dataclasses.replace(config.model, frames=6))
+    with pytest.raises(CheckpointError, match=r"model\.frames is 4 there, 6 here"):
+        load_model(path, longer)
+    for option in ("force", "any_frames"):
+        with pytest.warns(UserWarning, match="on 4 frames and gets 6: no weight of it is of time"):
+            load_model(path, longer, **{option: True})
 
 
 def test_the_outputs_of_a_stored_model_do_not_change():

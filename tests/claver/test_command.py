@@ -22,7 +22,7 @@ def run(tmp_path_factory):
 
 def test_predict_prints_the_top_classes_of_each_file(run, capsys):
     videos = [f"{run.data.root}/videos/test_0000{i}.mp4" for i in range(2)]
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", "--top", "3", *videos]) == 0
+    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.safetensors", "--top", "3", *videos]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == videos
     assert len(lines) == 8
@@ -33,7 +33,7 @@ def test_predict_takes_other_classes(run, capsys, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("id,name\n0,cat\n1,dog\n")
     video = f"{run.data.root}/videos/test_00000.mp4"
-    checkpoint = ["--checkpoint", f"{run.run_dir}/best.pt"]
+    checkpoint = ["--checkpoint", f"{run.run_dir}/best.safetensors"]
     assert claver_k400.main(["predict", *checkpoint, f"--data.labels={labels}", video]) == 0
     printed = capsys.readouterr()
     assert "texts of 2 classes" in printed.err
@@ -46,7 +46,7 @@ def test_predict_reports_a_broken_file_and_goes_on(run, capsys, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_text("no video")
     good = f"{run.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", str(bad), good]) == 1
+    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.safetensors", str(bad), good]) == 1
     output = capsys.readouterr().out
     assert "error:" in output
     assert "%" in output
@@ -62,7 +62,7 @@ def test_ids_in_another_order_give_the_same_number(run, capsys, tmp_path):
     )
     lines = [line.rsplit(maxsplit=1) for line in Path(run.data.test_list).read_text().splitlines()]
     videos.write_text("".join(f"{path} {order[int(old)]}\n" for path, old in lines))
-    command = ["eval", "--checkpoint", f"{run.run_dir}/best.pt"]
+    command = ["eval", "--checkpoint", f"{run.run_dir}/best.safetensors"]
     results = []
     for settings in ([], [f"--data.labels={labels}", f"--data.test_list={videos}"]):
         assert claver_k400.main([*command, *settings]) == 0
@@ -80,7 +80,7 @@ def test_ids_in_another_order_give_the_same_number(run, capsys, tmp_path):
     ],
 )
 def test_a_model_that_the_weights_are_not_of_is_refused_unless_forced(run, setting, named, capsys):
-    command = ["eval", "--checkpoint", f"{run.run_dir}/best.pt", f"--{setting}"]
+    command = ["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", f"--{setting}"]
     assert claver_k400.main(command) == 1
     assert named in capsys.readouterr().err
     if "frames" in setting:
@@ -91,7 +91,7 @@ def test_a_model_that_the_weights_are_not_of_is_refused_unless_forced(run, setti
 
 
 def test_eval_prints_top_1_and_top_5(run, capsys):
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt"]) == 0
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["videos"] == 8
     assert 0 <= result["top1"] <= result["top5"] <= 1
@@ -101,9 +101,9 @@ def test_a_setting_changes_what_a_checkpoint_says(run, capsys, tmp_path):
     one = tmp_path / "one.txt"
     one.write_text("videos/test_00003.mp4 3\n")
     setting = [f"--data.test_list={one}", "--test.clips", "1"]
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", *setting]) == 0
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", *setting]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["videos"] == 1
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", "--nonsense.key=1"]) == 2
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", "--nonsense.key=1"]) == 2
     assert "unknown setting nonsense.key" in capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_the_demo_writes_results_checkpoint_and_pictures_and_gives_the_same_numb
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 10_000
     assert str(tmp_path / "demo" / "results.json") in capsys.readouterr().out
     video = str(tmp_path / "demo" / "data" / "videos" / "test_00000.mp4")
-    assert claver_k400.main(["predict", "--checkpoint", str(tmp_path / "demo" / "claver.pt"), video]) == 0
+    assert claver_k400.main(["predict", "--checkpoint", str(tmp_path / "demo" / "claver.safetensors"), video]) == 0
 
     again = demo(tmp_path / "again", num_train=32, num_test=16, epochs=1)
     for values in (results, again):
