@@ -233,16 +233,15 @@ def count(models: dict[str, int], frames: int = 8, clips: int = 8, shared_by: in
         model = build_model(ModelConfig(name=name, pretrained=None, frames=frames))
         video = (clips, frames, 3, size, size)
         row: dict[str, Any] = {"model": name, "texts": 5 * tokens.shape[1], "clips": clips, "shared_by": shared_by}
-        for way, ranks in ((CUT, 1), (SHARED, shared_by)):
+        for way, ranks in ((WHOLE, 1), (CUT, 1), (SHARED, shared_by)):
             alone: Any = SimpleNamespace(num_processes=ranks, process_index=0)
             texts = TrainingTexts(model, tokens, alone, per_step=5)
             step = texts.of(texts.draw(torch.Generator().manual_seed(0)), torch.arange(tokens.shape[1]))
             assert isinstance(step, StepTexts)
+            if way == WHOLE:
+                step = replace(step, groups=(tokens[:5].flatten(0, 1),), cut=False)
             of_texts, of_clips = step_flops(model, step, video)
             row |= {f"text_share_{way}": of_texts / (of_texts + of_clips), f"tflop_{way}": (of_texts + of_clips) / 1e12}
-        whole = replace(step, groups=(tokens[:5].flatten(0, 1),), cut=False)
-        of_texts, of_clips = step_flops(model, whole, video)
-        row |= {f"text_share_{WHOLE}": of_texts / (of_texts + of_clips), f"tflop_{WHOLE}": (of_texts + of_clips) / 1e12}
         rows.append(row)
     return rows
 

@@ -287,7 +287,8 @@ def _ends(tower: Any, tokens: Tensor) -> Tensor:
     """The place of the end token."""
     if _pooling(tower) == "argmax":  # the highest of the vocabulary
         return tokens.argmax(-1)
-    return torch.eq(tokens, getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))).int().argmax(-1)
+    end: Any = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    return torch.eq(tokens, end).int().argmax(-1)
 
 
 def _encode_cut(clip: Any, tokens: Tensor) -> Tensor:

@@ -164,8 +164,14 @@ class _Training:
             model.clip.set_grad_checkpointing()
         say(describe_trained(model))
         self.tokens = tokens_of(self.prompts, model).to(accelerator.device)
-        drawing = {"draws": settings.draws, "classes_per_step": settings.classes_per_step}
-        texts = TrainingTexts(model, self.tokens, accelerator, per_step=per_step, **drawing)
+        texts = TrainingTexts(
+            model,
+            self.tokens,
+            accelerator,
+            per_step=per_step,
+            draws=settings.draws,
+            classes_per_step=settings.classes_per_step,
+        )
         clips, size = settings.batch_size // shares, config.augment.size
         say(texts.describe((clips, config.model.frames, 3, size, size)))
         self.state = TrainState(config, model, accelerator)
