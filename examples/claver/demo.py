@@ -33,7 +33,7 @@ from .prompts import OBJECT_TEMPLATES
 from .sampling import segment_indices
 from .tars import Member
 from .train import run_evaluation, train
-from .video import read_frames
+from .video import read_clip
 
 __all__ = ["demo", "demo_config"]
 
@@ -205,10 +205,7 @@ def _draw(
 
 
 def _film(path: str | Member) -> Tensor:
-    from .video import probe
-
-    info = probe(path)
-    return read_frames(info, segment_indices(info.num_frames, FRAMES))
+    return read_clip(path, lambda count: segment_indices(count, FRAMES))
 
 
 def _cpu() -> str:
