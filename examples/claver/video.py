@@ -117,7 +117,7 @@ def read_clip(path: str | os.PathLike[str] | Member, choose: Choose) -> torch.Te
 def _survey(
     path: str | os.PathLike[str] | Member, choose: Choose | None = None
 ) -> tuple[VideoInfo, dict[int, np.ndarray] | None]:
-    """What `probe` tells, and the frames to be chosen if these were decoded on the way and are sound, else None."""
+    """What `probe` tells, and the frames that were likely to be chosen, if the video was decoded on the way and is sound."""
     path = path if isinstance(path, Member) else os.fspath(path)
     with _open(path) as (container, stream):
         packets, first = _demux(container, stream)
@@ -136,7 +136,6 @@ def _survey(
         likely = _integers(choose(len(packets.shown))) if choose and packets.shown else []
         times, kept = _count(path, set(likely), _RGB(path, width, height))
         timed = timed and _increasing(times) and set(times) <= set(packets.shown)
-        kept = kept if choose and len(times) == len(packets.shown) else None
 
     span = _span(times) * time_base if timed else Fraction(0)
     frame_time = packets.last_duration * time_base or (1 / rate if rate else Fraction(0))
