@@ -132,7 +132,10 @@ def _run(name: str, folder: Path, dataset: MotionDataset, seed: int, epochs: int
         run = train(config, model=model, overwrite=True)
         seconds = time.perf_counter() - start
         evaluation = run_evaluation(config, run.model, run.tokens)
-    for checkpoint in run_dir.glob("*.pt"):  # its configuration says one mask for all blocks: not so for "divided"
+    for checkpoint in (
+        *run_dir.glob("*.safetensors"),
+        *run_dir.glob("*.pt"),
+    ):  # they say one mask for all blocks: "divided" has two
         checkpoint.unlink()
     scores = {"top1": evaluation.top(1), "top5": evaluation.top(5), "steps": run.history[-1]["step"]}
     return {**scores, "seconds": round(seconds, 1), **sizes}

@@ -120,31 +120,61 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW with a cosine schedule; `batch_size` is global: all processes and accumulated steps together."""
+    """AdamW with a cosine schedule; `batch_size` is global: all processes and accumulated steps together.
+
+    Raises:
+        ValueError: a value that no run can have; the message names it.
+    """
 
     epochs: int = 60
     batch_size: int = 256
     accumulate: int = 1
     lr: float = 1.2e-5
     temporal_lr_mult: float = 10.0
+    layer_decay: float | None = None  # factor on lr for each block of a tower below its last, such as 0.75
     min_lr_ratio: float = 0.01
     warmup_epochs: float = 5.0
     weight_decay: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     max_grad_norm: float | None = None
+    ema: float | None = None  # decay each step of the average of the weights that is evaluated, such as 0.9998
     prompts_per_step: int = 5  # drawn anew each step, K of A
-    tune: str = "full"  # or "temporal": the image and text models stay frozen
-    precision: str = "no"  # or "fp16", "bf16"
+    tune: str = "full"  # or "vision": the text tower stays frozen; or "temporal": the image tower does, too
+    precision: str = "no"  # float32, or "fp16", "bf16"
     gradient_checkpointing: bool = False
+    compile: bool = False  # by torch.compile
+    fsdp: bool = (
+        False  # each process keeps its share of weights and optimizer (FSDP2): for models too large for one GPU
+    )
+    timeout: float = 600.0  # seconds after which a process gives up waiting for the others
     evaluate_every: int = 5  # epochs between evaluations of the middle view
+    save_every: int | None = None  # steps between checkpoints, besides the one at the end of each epoch
+    keep: int = 1  # last checkpoints; the best is kept besides
+    trackers: tuple[str, ...] = (
+        "tensorboard",
+    )  # where losses are logged besides history.jsonl: names that Accelerate knows
 
     def __post_init__(self) -> None:
-        _choice("train.tune", self.tune, ("full", "temporal"))
+        _choice("train.tune", self.tune, ("full", "temporal", "vision"))
         _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
-        for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {value}")
+        for name in ("lr", "eps", "timeout", "max_grad_norm"):
+            _within(f"train.{name}", getattr(self, name), "(0, inf)")
+        for name in ("temporal_lr_mult", "warmup_epochs", "weight_decay"):
+            _within(f"train.{name}", getattr(self, name), "[0, inf)")
+        _within("train.min_lr_ratio", self.min_lr_ratio, "[0, 1]")
+        _within("train.layer_decay", self.layer_decay, "(0, 1]")
+        _within("train.ema", self.ema, "(0, 1)")
+        if len(self.betas) != 2:
+            raise ValueError(f"train.betas must be two numbers, not {list(self.betas)}")
+        for beta in self.betas:
+            _within("train.betas", beta, "[0, 1)")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"train.trackers must be different names, not {list(self.trackers)}")
 
 
 @dataclass(frozen=True)
@@ -272,3 +302,13 @@ def _fields(kind: Any) -> list[str]:
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _within(name: str, value: float | None, interval: str) -> None:
+    """Refuse a number outside of an interval such as "(0, 1]", whose parentheses exclude and brackets include; NaN is outside."""
+    low, high = map(float, interval[1:-1].split(","))
+    if value is not None and not (
+        (low <= value if interval[0] == "[" else low < value)
+        and (value <= high if interval[-1] == "]" else value < high)
+    ):
+        raise ValueError(f"{name} must be in {interval}, not {value}")

@@ -6,6 +6,7 @@ names it in the `errors` of its batch, and evaluation collects all of them there
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -332,6 +333,7 @@ def _loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_training,
         generator=torch.Generator(),  # leaves torch's global random state alone
     )
 
@@ -345,6 +347,12 @@ def _segments(frames: int, generator: torch.Generator) -> Callable[[int], torch.
         return segment_indices(num_frames, frames, generator=generator)
 
     return choose
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the workers go on, so that the training's step can come to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _generator(seed: int, epoch: int, index: int) -> torch.Generator:

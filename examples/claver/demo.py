@@ -28,8 +28,10 @@ from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
 from .data import read_labels, read_list
 from .evaluate import Evaluation, likeliest
 from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
+from .files import replace_file
 from .motions import MOTIONS, MotionDataset, write_motion_dataset
 from .prompts import OBJECT_TEMPLATES
+from .run_folder import saved_steps, weights_of
 from .sampling import segment_indices
 from .tars import Member
 from .train import run_evaluation, train
@@ -94,6 +96,7 @@ def demo_config(
             max_grad_norm=1.0,
             prompts_per_step=2,
             evaluate_every=4,
+            trackers=(),
         ),
         test=TestConfig(clips=3, crops=1, batch_size=16),
     )
@@ -132,7 +135,8 @@ def demo(
         histories, evaluations = {}, {}
         for name, future in futures.items():
             histories[name], evaluations[name] = future.result()
-    shutil.copyfile(folder / "kmct" / "last.pt", folder / "claver.pt")
+    with replace_file(folder / Path(DEMO_CHECKPOINT).name) as partial:
+        shutil.copyfile(weights_of(folder / "kmct", saved_steps(folder / "kmct")[-1]), partial)
 
     print("3/3  drawing")
     results = {
@@ -226,11 +230,14 @@ def _report(folder: Path, results: dict[str, Any], pictures: list[Path]) -> None
         f"\nTop-1 on {results['num_test']} held-out clips: {results['top1']:.3f} with KMCT, {results['baseline_top1']:.3f} as a "
         f"frame average, {results['chance']:.3f} by chance ({results['seconds']:.0f} s).\n"
         "Opposite motions have the same frames in another order: without order, 0.5 is the best that can be expected.\n"
-        f"\n  results      {folder / 'results.json'}\n  checkpoint   {folder / 'claver.pt'}"
+        f"\n  results      {folder / 'results.json'}\n  checkpoint   {folder / Path(DEMO_CHECKPOINT).name}"
     )
     for picture in pictures:
         print(f"  {picture.stem:<12} {picture}")
-    video, checkpoint = shlex.quote(str(folder / "data" / "videos" / "test_00000.mp4")), folder / "claver.pt"
+    video, checkpoint = (
+        shlex.quote(str(folder / "data" / "videos" / "test_00000.mp4")),
+        folder / Path(DEMO_CHECKPOINT).name,
+    )
     chosen = "" if checkpoint == Path(DEMO_CHECKPOINT) else f" --checkpoint {shlex.quote(str(checkpoint))}"
     print(f"\nTry it on a file:      python examples/claver_k400.py predict {video}{chosen}")
     print(f"and frame by frame:    python examples/stream.py {video} --out annotated.mp4{chosen}")

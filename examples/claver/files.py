@@ -28,8 +28,10 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         yield partial
         _to_disk(partial)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # the error that is told is the first one
+            partial.unlink()
+        raise
     with suppress(OSError):  # some file systems, and Windows, open or flush no folders
         _to_disk(path.parent, os.O_RDONLY)
 

@@ -1,26 +1,20 @@
-"""Training: AdamW, cosine schedule, prompts drawn anew each step; resumes exactly. Processes and precision by Accelerate."""
+"""Training: from a configuration to a folder of checkpoints; goes on exactly where it was stopped or killed."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from kronmask import param_groups
-
-from .augment import mixup_cutmix
 from .broken import BrokenFiles, check_files, file_problems
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, written
 from .config import Config, to_dict
 from .data import (
     Sample,
@@ -33,46 +27,31 @@ from .data import (
 )
 from .evaluate import Evaluation, evaluate
 from .model import Claver, build_model, describe_trained, freeze
+from .processes import StopSignals, end_together, start_processes
 from .prompt_choice import choose_prompts
-from .prompts import draw_prompts, tokenize
-from .videos import read_videos
+from .prompts import tokenize
+from .run_folder import BEST, empty, load_pair, save_pair, saved_steps, weights_of
+from .state import TrainState, check_same_run
+from .step import NonFiniteError, StepResult, TrainStep
+from .videos import VideoList, read_videos
 
-# settings that may change when a run is resumed: they do not change what a step computes
-FREE_ON_RESUME = (
-    "run_dir",
-    "data.root",
-    "data.num_workers",
-    "data.cache",
-    "data.broken",  # while nothing is broken nothing is skipped
-    "data.max_broken",
-    "test.",
-    "train.gradient_checkpointing",
-)
+__all__ = ["Run", "Stopped", "run_evaluation", "tokens_of", "train"]
 
-__all__ = ["Run", "contrastive_loss", "learning_rate", "run_evaluation", "tokens_of", "train"]
+LOG_EVERY = 10  # steps between records of the loss
 
 
 class Run:
-    """What a training leaves: its folder, the model and the history of records `{step, loss}` and `{step, top1}`."""
+    """What a training leaves: its folder, the model and the history of records `{step, loss, lr}` and `{step, top1}`.
+
+    The model is the one that was evaluated last: the average of the weights, with `train.ema`.
+    """
 
     def __init__(self, folder: Path, model: Claver, tokens: Tensor, history: list[dict[str, Any]]) -> None:
         self.folder, self.model, self.tokens, self.history = folder, model, tokens, history
 
 
-def learning_rate(step: int, total: int, warmup: int, base: float, minimum: float) -> float:
-    """The learning rate at `step`: linear from 0 over `warmup` steps, then the cosine from `base` at step 0 to `minimum`.
-
-    As the authors have it, the cosine runs from the first step, also under the warm-up, and `minimum` is the same for all
-    parameter groups.
-    """
-    if step < warmup:
-        return base * step / warmup
-    return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-
-
-def contrastive_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy of logits `(B, A, C)` with soft targets `(B, C)`, which hold for each of the A prompts."""
-    return F.cross_entropy(logits.float().flatten(0, 1), target.repeat_interleave(logits.shape[1], 0))
+class Stopped(KeyboardInterrupt):
+    """A training was stopped by Ctrl-C or SIGTERM; the message says how to go on."""
 
 
 def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
@@ -84,172 +63,285 @@ def train(
     config: Config,
     *,
     model: Claver | None = None,
+    init_from: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: str = "training",
     bar_position: int | None = None,
 ) -> Run:
-    """Train and evaluate; writes `config.json`, `history.jsonl`, `last.pt` and `best.pt` into `config.run_dir`.
+    """Train and evaluate; writes `config.json`, `history.jsonl`, `best.safetensors` and checkpoints into `config.run_dir`.
 
     What a step does is a function of the configuration and the step, so a run that is resumed ends as if it never stopped.
-    `model` is one to train in place of that of `config.model`, for what a configuration cannot say.
+
+    Args:
+        config: of the run.
+        model: one to train in place of that of `config.model`, for what a configuration cannot say.
+        init_from: a checkpoint, ours or the authors', whose weights are those of step 0; a temporal embedding of another
+            number of frames is interpolated.
+        resume: go on from the last checkpoint in the folder; from the start if there is none yet.
+        overwrite: remove the checkpoints that are in the folder.
+        progress: what the progress bar says.
+        bar_position: line of the progress bar.
 
     Raises:
         DatasetError: lists or files that are missing or broken, all of them named.
         ValueError: a configuration that does not fit together, or a run folder that holds a run and neither `resume` nor
             `overwrite`.
+        CheckpointError: a checkpoint that cannot be read, or of another run.
+        NonFiniteError: the loss is not finite; the checkpoints before are kept.
+        OSError: a checkpoint cannot be written; those before are kept.
+        Stopped: by Ctrl-C or SIGTERM, after a checkpoint of the last whole step.
+        ProcessError: another process of the run failed.
     """
-    accelerator = _processes(config)
-    say = accelerator.print
-    folder = Path(config.run_dir)
-    settings, data = config.train, config.data
-    if (folder / "last.pt").exists() and not (resume or overwrite):
-        raise ValueError(f"{folder} holds a run already; go on with it (--resume), or choose another run_dir")
-    shares = accelerator.num_processes * settings.accumulate
-    if settings.batch_size % shares:
-        raise ValueError(
-            f"train.batch_size is global: {settings.batch_size} is no multiple of {accelerator.num_processes} processes "
-            f"* {settings.accumulate} accumulated steps"
+    accelerator = start_processes(config, trackers=True)
+    with end_together(accelerator):
+        run = _Training(config, accelerator, model, init_from, resume=resume, overwrite=overwrite)
+        return run.loop(progress, bar_position)
+
+
+class _Training:
+    """A run: what is prepared before its first step, and the loop over its steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: Claver | None,
+        init_from: str | Path | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, Path(config.run_dir)
+        self.main, settings, say = accelerator.is_main_process, config.train, accelerator.print
+        shares = accelerator.num_processes * settings.accumulate
+        if settings.batch_size % shares:
+            raise ValueError(
+                f"train.batch_size is global: {settings.batch_size} is no multiple of {accelerator.num_processes} processes "
+                f"* {settings.accumulate} accumulated steps"
+            )
+        steps, best = saved_steps(self.folder), (self.folder / BEST).exists()
+        if (steps or best) and not (resume or overwrite):
+            raise ValueError(f"{self.folder} holds a run already; go on with it (--resume), or choose another run_dir")
+        if best and not steps and not overwrite:
+            raise ValueError(f"{self.folder} holds {BEST}, but no checkpoint to go on from; choose another run_dir")
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            empty(self.folder, checkpoints=not resume)
+        # one process says which checkpoint it is: a shared folder may not look the same to all of them
+        (first,) = broadcast_object_list([steps[-1] if steps and resume else None])
+
+        self.classes = read_labels(config.data.labels)
+        data, self.skip = config.data, config.data.broken == "skip"
+        trained, self.broken = self._list("train", "skipping", data.max_broken if self.skip else None)
+        tested, _ = self._list("test", "counting as wrong", 1.0 if config.test.broken == "wrong" else None)
+        samples = trained.samples
+        _, self.prompts, per_step, description = choose_prompts(config, self.classes)
+        if per_step > len(self.prompts):
+            raise ValueError(
+                f"train.prompts_per_step is {per_step}, but there are {len(self.prompts)} prompts for each class"
+            )
+        say(f"texts: {description}; {per_step} of {len(self.prompts)} drawn each step")
+
+        saved = None
+        torch.manual_seed(config.seed)
+        if first is not None:
+            content, saved = load_pair(self.folder, first)
+            check_same_run(weights_of(self.folder, first), content, config, self.classes, self.prompts)
+            model = _with_weights(weights_of(self.folder, first), config, model)
+            say(f"resuming {self.folder} after step {first}")
+            if saved["processes"] != accelerator.num_processes and trained.kind == "shards":
+                raise CheckpointError(
+                    f"{weights_of(self.folder, first)}: is of {saved['processes']} processes, which share the order of shards; "
+                    f"go on with as many, not {accelerator.num_processes}"
+                )
+            if saved["processes"] != accelerator.num_processes:
+                say(
+                    f"it ran on {saved['processes']} processes and goes on with {accelerator.num_processes}: the same videos in "
+                    "each step, but mixed in other pairs, so the losses will not be those it would have had"
+                )
+        elif init_from is not None:
+            model = _with_weights(init_from, config, model)
+            say(f"starting from the weights of {init_from}")
+        elif resume:
+            say(f"{self.folder} has no checkpoint yet: starting")
+        model = build_model(config.model) if model is None else model
+        freeze(model, settings.tune)
+        if settings.gradient_checkpointing:
+            model.clip.set_grad_checkpointing()
+        say(describe_trained(model))
+        self.tokens = tokens_of(self.prompts, model).to(accelerator.device)
+        self.state = TrainState(config, model, accelerator)
+        if saved is not None:
+            self.state.load_state_dict(saved, first)
+        self.saved = first
+
+        self.loader = train_loader(
+            TrainDataset(
+                samples,
+                config.model.frames,
+                config.augment,
+                seed=config.seed,
+                cache=data.cache,
+                skip_broken=self.skip,
+            ),
+            settings.batch_size // shares,
+            num_workers=data.num_workers,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+            stream=trained.kind == "shards",
         )
-
-    classes = read_labels(data.labels)
-    lists = {}
-    for name, path in (("train", data.train_list), ("test", data.test_list)):
-        videos = lists[name] = read_videos(path, data.root, classes)
-        say(f"{name}: {len(videos.samples)} videos of {len(classes)} classes, {videos.kind} {videos.hash}")
-    skip = data.broken == "skip"
-    broken = BrokenFiles(lists["train"].samples, data.max_broken if skip else None)
-    for problem in broken.add(file_problems(lists["train"].samples)):
-        say("skipping {}: {}".format(*problem))
-    if config.test.broken == "refuse":
-        check_files(lists["test"].samples)
-    _, prompts, per_step, description = choose_prompts(config, classes)
-    if per_step > len(prompts):
-        raise ValueError(f"train.prompts_per_step is {per_step}, but there are {len(prompts)} prompts for each class")
-    say(f"texts: {description}; {per_step} of {len(prompts)} drawn each step")
-
-    torch.manual_seed(config.seed)
-    model = build_model(config.model) if model is None else model
-    freeze(model, settings.tune)
-    if settings.gradient_checkpointing:
-        model.clip.set_grad_checkpointing()
-    say(describe_trained(model))
-    tokens = tokens_of(prompts, model).to(accelerator.device)
-    groups = param_groups(
-        model, lr=settings.lr, temporal_lr_mult=settings.temporal_lr_mult, weight_decay=settings.weight_decay
-    )
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
-    loader = train_loader(
-        TrainDataset(
-            lists["train"].samples,
-            config.model.frames,
-            config.augment,
-            seed=config.seed,
-            cache=data.cache,
-            skip_broken=skip,
-        ),
-        settings.batch_size // shares,
-        num_workers=data.num_workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-        stream=lists["train"].kind == "shards",
-    )
-    middle = _test_loader(config, lists["test"].samples, accelerator, clips=1, crops=1)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    trained: Claver = accelerator.unwrap_model(wrapped)
-
-    steps_per_epoch = len(loader) // settings.accumulate
-    if not steps_per_epoch:
-        raise ValueError(
-            f"{len(lists['train'].samples)} training videos do not fill one batch of {settings.batch_size}"
+        self.middle = _test_loader(config, tested.samples, accelerator, clips=1, crops=1)
+        self.per_epoch = len(self.loader) // settings.accumulate
+        if not self.per_epoch:
+            raise ValueError(f"{len(samples)} training videos do not fill one batch of {settings.batch_size}")
+        self.total = settings.epochs * self.per_epoch
+        self.do_step = TrainStep(
+            config,
+            self.state,
+            accelerator,
+            self.tokens,
+            per_step=per_step,
+            samples=samples,
+            total=self.total,
+            warmup=round(settings.warmup_epochs * self.per_epoch),
         )
-    total, warmup = settings.epochs * steps_per_epoch, round(settings.warmup_epochs * steps_per_epoch)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    first_epoch, best = 0, -1.0
-    history: list[dict[str, Any]] = []
-    if resume:
-        first_epoch, best, history = _restore(
-            folder / "last.pt", config, classes, prompts, trained, optimizer, accelerator
-        )
-        say(f"resuming {folder} after epoch {first_epoch} of {settings.epochs}")
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+        say(_describe_engine(config, accelerator, self.per_epoch))
 
-    bar = tqdm(
-        total=total,
-        initial=first_epoch * steps_per_epoch,
-        desc=progress,
-        position=bar_position,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    wrapped.train()
-    for epoch in range(first_epoch, settings.epochs):
-        set_epoch(loader, epoch)
-        running = torch.zeros((), device=accelerator.device)
-        batches, replaced = iter(loader), 0
-        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            generator = torch.Generator().manual_seed(hash((config.seed, step)) % 2**63)
-            chosen = draw_prompts(len(tokens), per_step, generator)
-            for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = learning_rate(step, total, warmup, base, settings.lr * settings.min_lr_ratio)
-            for _ in range(settings.accumulate):
-                batch = next(batches)
-                replaced += len(batch["errors"])
-                for problem in broken.add(batch["errors"]):
-                    bar.write("skipping {}: {}".format(*problem))
-                video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
-                video, target = mixup_cutmix(video, label, len(classes), config.augment, generator)
-                with accelerator.accumulate(wrapped):
-                    with accelerator.autocast():
-                        logits = wrapped(video, tokens[chosen.to(tokens.device)])
-                    loss = contrastive_loss(logits, target)
-                    accelerator.backward(loss)
-                    if settings.max_grad_norm and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    with torch.no_grad():  # CLIP's own bound (arXiv 2103.00020, section 2.5)
-                        trained.clip.logit_scale.clamp_(max=math.log(100))
-                running += loss.detach() / settings.accumulate
+    def _list(self, name: str, doing: str, share: float | None) -> tuple[VideoList, BrokenFiles]:
+        """The videos of the training or the test list, and those that are not there, of which a share may be."""
+        data = self.config.data
+        videos = read_videos(getattr(data, f"{name}_list"), data.root, self.classes)
+        broken = BrokenFiles(videos.samples, share)
+        for path, reason in broken.add(file_problems(videos.samples)):
+            self.accelerator.print(f"{doing} {path}: {reason}")
+        self.accelerator.print(
+            f"{name}: {broken.expected - len(broken.reasons)} of {broken.expected} videos found, {len(self.classes)} classes, "
+            f"{videos.kind} {videos.hash}"
+        )
+        return videos, broken
+
+    def loop(self, progress: str, bar_position: int | None) -> Run:
+        """All steps that are left, with evaluations and checkpoints between them."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        if self.main:
+            with written(self.folder / "config.json") as partial:
+                partial.write_text(json.dumps(to_dict(config), indent=2))
+        if state.step == 0 and self.saved is None:
+            self._save()  # a full disk is found now, and a run that is killed has something to go on from
+        accelerator.init_trackers("claver", init_kwargs={"tensorboard": {"purge_step": state.step}})
+        silent = not self.main
+        state.runner.train()
+        with (
+            tqdm(
+                total=self.total, initial=state.step, desc=progress, position=bar_position, unit="step", disable=silent
+            ) as bar,
+            StopSignals() as signals,
+        ):
+            try:
+                while state.step < self.total:
+                    self._epoch(bar, signals, progress)
+            except KeyboardInterrupt as error:
+                raise Stopped(
+                    f"stopped after step {self.saved} of {self.total}; go on with the same command and --resume"
+                ) from error
+        accelerator.end_training()
+        return Run(self.folder, state.evaluated_model(), self.tokens, state.history)
+
+    def _epoch(self, bar: Any, signals: StopSignals, progress: str) -> None:
+        """The steps that are left of an epoch."""
+        config, state = self.config, self.state
+        epoch, begun = divmod(state.step, self.per_epoch)
+        set_epoch(self.loader, epoch, skip=begun * config.train.accumulate)
+        self.replaced = 0
+        batches, recent = self._noting(iter(self.loader), bar), []
+        for _ in range(begun, self.per_epoch):
+            result = self.do_step(batches, stop=signals.requested)
+            recent.append(result)
             bar.update()
-            done = step + 1
-            if done % 10 == 0 or done == (epoch + 1) * steps_per_epoch:
-                value = accelerator.gather(loss.detach().reshape(1)).mean().item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {done}; {folder} keeps the last whole epoch")
-                history.append({"step": done, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
-                bar.set_postfix(loss=f"{value:.3f}")
-        if skip:
-            broken.add(gather_object(list(broken.reasons.items())))  # the same for all processes, so all stop or none
-            total_replaced = sum(gather_object([replaced]))
-            say(
-                f"{progress}, epoch {epoch + 1}: {total_replaced} clips of broken videos were replaced; "
-                f"{len(broken.reasons)} of {broken.expected} videos are missing or broken"
-            )
-        if (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs:
-            top1 = evaluate(trained, middle, tokens, accelerator, broken=config.test.broken, progress=None).top(1)
-            history.append({"step": (epoch + 1) * steps_per_epoch, "top1": top1})
+            ends = state.step % self.per_epoch == 0
+            if state.step % LOG_EVERY == 0 or ends:
+                self._log({"loss": result.loss, "lr": result.lr})
+                bar.set_postfix_str(_speed(recent, config.train.batch_size))
+                recent = []
+            if ends and self.skip:
+                self._tell_broken(bar, f"{progress}, epoch {epoch + 1}")
+            if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.total):
+                self._evaluate(bar, f"{progress}, epoch {epoch + 1}: loss {result.loss:.3f}")
+            every = config.train.save_every
+            if ends or result.stop or (every and state.step % every == 0):
+                self._save()
+            if result.stop:
+                raise KeyboardInterrupt
+
+    def _noting(self, batches: Iterator[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
+        """The same batches, while their broken videos are counted and named."""
+        for batch in batches:
+            self.replaced += len(batch["errors"])
+            for problem in self.broken.add(batch["errors"]):
+                bar.write("skipping {}: {}".format(*problem))
+            yield batch
+
+    def _tell_broken(self, bar: Any, title: str) -> None:
+        """Say what was skipped, and let all processes know of it, so that all stop or none."""
+        self.broken.add(gather_object(list(self.broken.reasons.items())))
+        replaced = sum(gather_object([self.replaced]))
+        if self.main:
             bar.write(
-                f"{progress}, epoch {epoch + 1}: loss {running.item() / steps_per_epoch:.3f}, top-1 of the middle view {top1:.3f}"
+                f"{title}: {replaced} clips of broken videos were replaced; {len(self.broken.reasons)} of "
+                f"{self.broken.expected} videos are missing or broken"
             )
-            improved = top1 > best
-            best = max(best, top1)
-        else:
-            improved = False
-        if accelerator.is_main_process:
-            state = {"epoch": epoch + 1, "best": best, "history": history, "optimizer": optimizer.state_dict()}
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            if improved:
-                save_checkpoint(folder / "best.pt", trained, config, classes, prompts, epoch=epoch + 1)
-            save_checkpoint(folder / "last.pt", trained, config, classes, prompts, **state)
-            (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
-        accelerator.wait_for_everyone()
-    bar.close()
-    return Run(folder, trained, tokens, history)
+
+    def _evaluate(self, bar: Any, title: str) -> None:
+        """Evaluate the middle view, and keep the weights if they are the best."""
+        state = self.state
+        model = state.evaluated_model()
+        broken = self.config.test.broken
+        top1 = evaluate(model, self.middle, self.tokens, self.accelerator, broken=broken, progress=None).top(1)
+        self._log({"top1": top1})
+        bar.write(f"{title}, top-1 of the middle view {top1:.3f}")
+        if top1 > state.best:
+            state.best = top1
+            self._check_finite(weights := state.weights(averaged=True))
+            if self.main:
+                place = {"epoch": state.step // self.per_epoch, "step": state.step}
+                save_checkpoint(self.folder / BEST, weights, self.config, self.classes, self.prompts, **place)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.state.history.append({"step": self.state.step, **values})
+        self.accelerator.log(values, step=self.state.step)
+
+    def _save(self) -> None:
+        """Write the checkpoint of this step."""
+        state = self.state
+        if self.saved == state.step:
+            return
+        weights, rest = state.weights(), state.state_dict() | {"processes": self.accelerator.num_processes}
+        self._check_finite(weights)
+        if self.main:
+            with written(self.folder / "history.jsonl") as partial:
+                partial.write_text("".join(json.dumps(record) + "\n" for record in state.history))
+            save_pair(
+                self.folder,
+                weights,
+                self.config,
+                self.classes,
+                self.prompts,
+                epoch=state.step // self.per_epoch,
+                step=state.step,
+                state=rest,
+                keep=self.config.train.keep,
+            )
+        self.saved = state.step
+        self.accelerator.wait_for_everyone()
+
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise NonFiniteError(
+                f"after step {self.state.step} these weights are not finite: {', '.join(bad[:5])}; {self.folder} keeps the "
+                f"checkpoint of step {self.saved}"
+            )
 
 
 def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
@@ -260,22 +352,19 @@ def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Seque
         ValueError: another number of classes than the texts have.
         DatasetError: a list or files that are missing or broken, all of them named.
     """
-    accelerator = _processes(config)
+    accelerator = start_processes(config)
     classes = read_labels(config.data.labels) if classes is None else classes
     if len(classes) != tokens.shape[1]:
         raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
-    samples = read_videos(config.data.test_list, config.data.root, classes).samples
+    samples, tokens = (
+        read_videos(config.data.test_list, config.data.root, classes).samples,
+        tokens.to(accelerator.device),
+    )
     if config.test.broken == "refuse":
         check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
-    tokens = tokens.to(accelerator.device)
-    return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
-
-
-def _processes(config: Config) -> Accelerator:
-    """Accelerate's view of the processes; its state is global, and another run in this process may have had another precision."""
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate)
+    with end_together(accelerator):
+        return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
 
 
 def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator, *, clips: int, crops: int) -> Any:
@@ -292,44 +381,29 @@ def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator
     )
 
 
-def _restore(
-    path: Path,
-    config: Config,
-    classes: list[str],
-    prompts: list[list[str]],
-    model: Claver,
-    optimizer: Any,
-    accelerator: Accelerator,
-) -> tuple[int, float, list[dict[str, Any]]]:
-    content = load_checkpoint(path)
-    ours, theirs = _flat(to_dict(config)), _flat(content.get("config", {}))
-    if theirs:  # a setting that is newer than the checkpoint was at its default
-        theirs = _flat(to_dict(Config())) | theirs
-    different = [
-        f"{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted(ours.keys() | theirs.keys())
-        if not key.startswith(FREE_ON_RESUME) and ours.get(key) != theirs.get(key)
-    ]
-    if different:
-        raise CheckpointError(f"{path}: is of a run with other settings: {'; '.join(different)}")
-    for name, now, source in (
-        ("classes", classes, config.data.labels),
-        ("prompts", prompts, "the file of data.prompts"),
-    ):
-        if content.get(name) != now:
-            raise CheckpointError(
-                f"{path}: its {name} are not those of now; put {source} back as it was, or choose another run_dir"
-            )
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    if accelerator.scaler is not None and "scaler" in content:
-        accelerator.scaler.load_state_dict(content["scaler"])
-    return content["epoch"], content["best"], content["history"]
+def _with_weights(path: str | Path, config: Config, model: Claver | None) -> Claver:
+    """The model of a configuration, or the one that is given, with the weights of a checkpoint."""
+    if model is None:
+        return load_model(path, config)[0]
+    try:
+        model.load_state_dict(load_checkpoint(path)["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights do not fit the model: {error}") from error
+    return model
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _describe_engine(config: Config, accelerator: Accelerator, per_epoch: int) -> str:
+    settings = config.train
+    return (
+        f"{config.model.attention}, {config.model.frames} frames; a batch of {settings.batch_size} clips is "
+        f"{accelerator.num_processes} processes * {settings.accumulate} accumulated * "
+        f"{settings.batch_size // accelerator.num_processes // settings.accumulate}; {settings.epochs} epochs of {per_epoch} "
+        f"steps; lr {settings.lr:g}, temporal {settings.lr * settings.temporal_lr_mult:g}"
+    )
+
+
+def _speed(steps: list[StepResult], batch_size: int) -> str:
+    """What the progress bar says of the last steps."""
+    seconds = sum(step.seconds for step in steps)
+    waiting = sum(step.waiting for step in steps) / seconds
+    return f"loss {steps[-1].loss:.3f}, {len(steps) * batch_size / seconds:.3g} clips/s, {waiting:.0%} waiting for data"

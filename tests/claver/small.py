@@ -27,6 +27,7 @@ def small_config(folder: Path, *, num_train: int = 16, num_test: int = 8, run: s
         "warmup_epochs": 1.0,
         "prompts_per_step": 2,
         "evaluate_every": 1,
+        "trackers": (),
     }
     return Config(
         run_dir=str(folder / run),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, from_official, load_checkpoint, load_model, save_checkpoint
-from claver.config import Config
+from claver.config import Config, to_dict
 from claver.model import build_model
+from safetensors.torch import load_file, save_file
 from small import TEXT, VISION, small_model
 
 REGRESSION = Path(__file__).parent / "regression.pt"
@@ -31,17 +32,27 @@ def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_round_trips(tmp_path):
     config = Config(model=small_model())
     model = build_model(config.model).eval()
-    save_checkpoint(tmp_path / "c.pt", model, config, CLASSES, PROMPTS, epoch=3)
-    loaded, content = load_model(tmp_path / "c.pt")
-    assert (content["epoch"], content["classes"], content["prompts"]) == (3, CLASSES, PROMPTS)
+    save_checkpoint(tmp_path / "c.safetensors", model, config, CLASSES, PROMPTS, epoch=3, step=7)
+    loaded, content = load_model(tmp_path / "c.safetensors")
+    assert (content["epoch"], content["step"], content["classes"], content["prompts"]) == (3, 7, CLASSES, PROMPTS)
     assert not loaded.training
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
-    assert os.listdir(tmp_path) == ["c.pt"]
-    assert (
-        torch.load(tmp_path / "c.pt", weights_only=True)["epoch"] == 3
-    )  # plain values: torch's own safe reader takes it
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+    assert load_file(tmp_path / "c.safetensors").keys() == model.state_dict().keys()
+
+
+def test_checkpoints_of_before_safetensors_are_read(tmp_path):
+    config = Config(model=small_model())
+    model = build_model(config.model).eval()
+    old = {"format": "kronmask-claver-1", "model": model.state_dict(), "config": to_dict(config)}
+    torch.save(old | {"classes": CLASSES, "prompts": PROMPTS, "epoch": 3}, tmp_path / "best.pt")
+    loaded, content = load_model(tmp_path / "best.pt")
+    assert (content["epoch"], content["classes"], content["prompts"]) == (3, CLASSES, PROMPTS)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 class Node(dict):
@@ -102,7 +113,8 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state": 1}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    for name in ("list.pt", "empty.pt", "text.pt", "nowhere.pt"):
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    for name in ("list.pt", "empty.pt", "text.pt", "nowhere.pt", "foreign.safetensors"):
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(tmp_path / name)
 

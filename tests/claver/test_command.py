@@ -19,7 +19,7 @@ def run(tmp_path_factory):
 
 def test_predict_prints_the_top_classes_of_each_file(run, capsys):
     videos = [f"{run.data.root}/videos/test_0000{i}.mp4" for i in range(2)]
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", "--top", "3", *videos]) == 0
+    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.safetensors", "--top", "3", *videos]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == videos
     assert len(lines) == 8
@@ -30,7 +30,10 @@ def test_predict_takes_other_classes(run, capsys, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("id,name\n0,cat\n1,dog\n")
     video = f"{run.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", "--labels", str(labels), video]) == 0
+    assert (
+        claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.safetensors", "--labels", str(labels), video])
+        == 0
+    )
     assert {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines()[1:]} == {"cat", "dog"}
 
 
@@ -38,14 +41,14 @@ def test_predict_reports_a_broken_file_and_goes_on(run, capsys, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_text("no video")
     good = f"{run.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.pt", str(bad), good]) == 1
+    assert claver_k400.main(["predict", "--checkpoint", f"{run.run_dir}/best.safetensors", str(bad), good]) == 1
     output = capsys.readouterr().out
     assert "error:" in output
     assert "%" in output
 
 
 def test_eval_prints_top_1_and_top_5(run, capsys):
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt"]) == 0
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["videos"] == 8
     assert 0 <= result["top1"] <= result["top5"] <= 1
@@ -55,9 +58,9 @@ def test_a_setting_changes_what_a_checkpoint_says(run, capsys, tmp_path):
     one = tmp_path / "one.txt"
     one.write_text("videos/test_00003.mp4 3\n")
     setting = ["--set", f"data.test_list={one}", "test.clips=1"]
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", *setting]) == 0
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", *setting]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["videos"] == 1
-    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.pt", "--set", "nonsense.key=1"]) == 1
+    assert claver_k400.main(["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", "--set", "nonsense.key=1"]) == 1
     assert "unknown nonsense" in capsys.readouterr().err
 
 
@@ -95,7 +98,7 @@ def test_the_demo_writes_results_checkpoint_and_pictures_and_gives_the_same_numb
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 10_000
     assert str(tmp_path / "demo" / "results.json") in capsys.readouterr().out
     video = str(tmp_path / "demo" / "data" / "videos" / "test_00000.mp4")
-    assert claver_k400.main(["predict", "--checkpoint", str(tmp_path / "demo" / "claver.pt"), video]) == 0
+    assert claver_k400.main(["predict", "--checkpoint", str(tmp_path / "demo" / "claver.safetensors"), video]) == 0
 
     again = demo(tmp_path / "again", num_train=32, num_test=16, epochs=1)
     for values in (results, again):

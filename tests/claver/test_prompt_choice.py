@@ -139,7 +139,7 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     assert "texts: 16 templates and 20 sentences" in printed
     assert "of the shipped set hmdb51" in printed
     assert "these 8 among its 51 classes; 2 of 36 drawn each step" in printed
-    checkpoint = f"{config.run_dir}/best.pt"
+    checkpoint = f"{config.run_dir}/best.safetensors"
     assert len(load_checkpoint(checkpoint)["prompts"]) == 36
 
     assert claver_k400.main(["eval", "--checkpoint", checkpoint]) == 0

@@ -382,7 +382,7 @@ def test_a_broken_image_in_a_folder_is_named(checkpoint, tmp_path, capsys, watch
 def test_errors_that_come_before_the_model_is_loaded(tmp_path, video, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
-        ([video], "runs/demo/claver.pt: not there yet"),
+        ([video], "runs/demo/claver.safetensors: not there yet"),
         ([video, "--checkpoint", "no.pt"], "no.pt: no such checkpoint"),
         ([video, "--checkpoint", "no.pt", "--out", "x.avi"], "x.avi: annotated videos are mp4 files"),
         ([video, "--checkpoint", "no.pt", "--out", video, "--overwrite"], "is a source"),

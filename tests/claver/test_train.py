@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint
-from claver.data import DatasetError, read_labels
-from claver.train import contrastive_loss, learning_rate, run_evaluation, train
+from claver.data import DatasetError, TrainDataset, read_labels
+from claver.optimizer import learning_rate
+from claver.run_folder import saved_steps, weights_of
+from claver.step import contrastive_loss
+from claver.train import Stopped, run_evaluation, train
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small import small_config
 from torch.nn import functional as F
 
@@ -37,27 +42,36 @@ def test_the_target_holds_for_each_prompt():
     torch.testing.assert_close(contrastive_loss(logits, target), expected)
 
 
-def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
-    whole = train(small_config(tmp_path, run="whole", epochs=3))
-    config = small_config(tmp_path, run="parts", epochs=3)
-
+def stopped_in_step(step: int, config, **options) -> None:
+    """Train until Ctrl-C comes in the middle of a step, the first being 1."""
     original, calls = torch.Tensor.backward, []
 
-    def stop_in_the_third_epoch(self, *args, **kwargs):
+    def stop(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == step:
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", stop_in_the_third_epoch)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    assert load_checkpoint(tmp_path / "parts" / "last.pt")["epoch"] == 2
-    resumed = train(config, resume=True)
-    assert resumed.history == whole.history
-    for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        patch.setattr(torch.Tensor, "backward", stop)
+        with pytest.raises(Stopped, match=r"stopped after step \d of \d+; go on with the same command and --resume"):
+            train(config, **options)
+
+
+def assert_same(run, other) -> None:
+    """The same history and the same weights, to the bit."""
+    assert run.history == other.history
+    for a, b in zip(run.model.state_dict().values(), other.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
+    whole = train(small_config(tmp_path, run="whole", epochs=3))
+    config = small_config(tmp_path, run="parts", epochs=3)
+    stopped_in_step(6, config)
+    assert saved_steps(config.run_dir) == [4]  # the end of the second epoch
+    assert load_checkpoint(weights_of(config.run_dir, 4))["epoch"] == 2
+    assert_same(train(config, resume=True), whole)
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=3))
     assert train(moved, resume=True).history == whole.history
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
@@ -65,13 +79,39 @@ def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(tmp_path):
         train(changed, resume=True)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_inside_an_epoch_without_reading_what_was_done(tmp_path, workers):
+    """With all that a step may draw or carry over: mixed clips, dropout, accumulated steps, an average of the weights."""
+    config = small_config(tmp_path, num_train=32, epochs=2, save_every=3, accumulate=2, ema=0.5, max_grad_norm=1.0)
+    vision = config.model.vision | {"patch_dropout": 0.5}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vision=vision),
+        data=dataclasses.replace(config.data, num_workers=workers),
+    )
+    whole = train(dataclasses.replace(config, run_dir=str(tmp_path / "whole")))
+    stopped_in_step(2 * 4, config)  # of two batches each
+    assert saved_steps(config.run_dir) == [3]
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            TrainDataset, "__getitem__", lambda self, i, get=TrainDataset.__getitem__: read.append(i) or get(self, i)
+        )
+        resumed = train(config, resume=True)
+    assert_same(resumed, whole)
+    assert len(read) == (0 if workers else 8 + 32)  # workers read in processes of their own
+
+
 def test_a_run_of_before_a_setting_was_there_is_resumed(tmp_path):
     config = small_config(tmp_path, epochs=1)
     history = train(config).history
-    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    path = weights_of(config.run_dir, 2)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    settings = json.loads(metadata["config"])
     for setting in ("window", "sink"):
-        del content["config"]["model"][setting]
-    torch.save(content, tmp_path / "run" / "last.pt")
+        del settings["model"][setting]
+    save_file(load_file(path), path, metadata | {"config": json.dumps(settings)})
     assert train(config, resume=True).history == history
 
 
@@ -101,7 +141,8 @@ def test_a_run_leaves_its_configuration_history_and_checkpoints_in_its_folder_al
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     run = train(config)
     new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and path not in before}
-    assert new == {"run/config.json", "run/history.jsonl", "run/last.pt", "run/best.pt"}
+    step = {"run/step_00000004.safetensors", "run/step_00000004.state.pt"}
+    assert new == {"run/config.json", "run/history.jsonl", "run/best.safetensors"} | step
     with pytest.raises(ValueError, match="holds a run already"):
         train(config)
     records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
