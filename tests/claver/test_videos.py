@@ -161,7 +161,8 @@ def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_ord
     kind: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(sources[kind])
-    data = DataConfig(root=str(sources["folder"]), train_list=path, test_list=path)
+    root = str(sources["folder"] if kind == "list" else tmp_path)
+    data = DataConfig(root=root, train_list=path, test_list=path)
     source = read_videos(path, data.root, CLASSES)
     assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3, classes=CLASSES) == 0
     assert f"10 videos in 4 shards, hash {source.hash} (of {path}: {source.hash})" in capsys.readouterr().out
