@@ -227,7 +227,8 @@ class _Training:
                 raise Stopped(
                     f"stopped after step {self.saved} of {self.total}; go on with the same command and --resume"
                 ) from error
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would end the processes' connection, too
+            tracker.finish()
         return Run(self.folder, state.evaluated_model(), self.tokens, state.history)
 
     def _epoch(self, bar: Any, signals: StopSignals, progress: str) -> None:
