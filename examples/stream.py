@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claver import DEMO_CHECKPOINT
+from claver import DEMO_CHECKPOINT, check_demo_checkpoint
 
 if TYPE_CHECKING:
     from claver.annotate import AnnotatedVideo
@@ -44,14 +44,13 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from claver.annotate import AnnotatedVideo
     from claver.checkpoint import load_model
-    from claver.config import from_dict
     from claver.evaluate import encode_prompts
+    from claver.settings import from_dict
     from claver.sources import open_source
     from claver.streaming import StreamClassifier
     from claver.train import tokens_of
 
-    if options.checkpoint == DEMO_CHECKPOINT and not Path(DEMO_CHECKPOINT).exists():
-        raise ValueError(f"{DEMO_CHECKPOINT}: not there yet; run the demo first (claver_k400.py), or pass --checkpoint")
+    check_demo_checkpoint(options.checkpoint)
     for path in filter(None, (options.out, options.plot)):
         if any(Path(path).resolve() == Path(source).resolve() for source in options.sources):
             raise ValueError(f"{path}: is a source, which is not to be written over; give another name")
@@ -137,9 +136,9 @@ def _stream(
 
 
 def _texts(options: argparse.Namespace, content: dict[str, Any]) -> Choice:
-    from claver.config import from_dict
     from claver.data import read_labels
     from claver.prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
+    from claver.settings import from_dict
 
     config = from_dict(content["config"], options.checkpoint)
     if options.labels or options.classes:

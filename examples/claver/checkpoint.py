@@ -1,29 +1,27 @@
-"""Checkpoints: ours, safetensors that say what they are, and the authors', whose pickles are read without being executed."""
+"""Checkpoints: ours, safetensors that say what they are, and the authors' (`official`); what one says of its model binds."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
 import shutil
-import zipfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import Config, from_dict, to_dict
+from .config import Config, ModelConfig
 from .files import replace_file
 from .model import Claver, build_model
+from .official import describe_official, from_official, is_official, read_pickle
+from .settings import from_dict, to_dict
 
-__all__ = ["CheckpointError", "from_official", "load_checkpoint", "load_model", "save_checkpoint", "written"]
+__all__ = ["CheckpointError", "load_checkpoint", "load_model", "save_checkpoint", "written"]
 
 FORMAT = "kronmask-claver-2"  # safetensors
 OLD_FORMAT = "kronmask-claver-1"  # a torch.save of the weights, the optimizer's state and all the rest
@@ -84,20 +82,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Ours is `{"model": state dict, "config", "classes", "prompts", "epoch", "step"}`.
 
-    An official one is `{"model": state dict under our names}`: its configuration is a pickled object, which is passed over.
+    An official one is `{"model": state dict under our names, "config": what it says of the model}`, without
+    `config["model"]["attention"]` if it does not say which mask it has.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, or a damaged one.
+        CheckpointError: no such file, not a checkpoint, a damaged one, or an official one that contradicts itself.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint")
     if _is_safetensors(path):
         return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TENSORS_ONLY)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError,
-            TypeError, IndexError, UnicodeDecodeError) as error:  # fmt: skip
-        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({error})") from error
+        content = read_pickle(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds {type(content).__name__}, not a dictionary")
     state = content.get("model", content)
@@ -105,8 +103,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no model in it; its entries are {', '.join(map(str, list(content)[:8]))}")
     if content.get("format") == OLD_FORMAT:
         return content
-    if any("transformer_t.resblocks" in key for key in state):
-        return {"model": from_official(state)}
+    if is_official(state):
+        try:
+            return {"model": from_official(state), "config": describe_official(state, content.get("config"))}
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     raise CheckpointError(f"{path}: neither a checkpoint of this program nor an official CLAVER checkpoint")
 
 
@@ -134,17 +135,40 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path, config: Config | None = None) -> tuple[Claver, dict[str, Any]]:
-    """The model of a checkpoint in evaluation mode, and the checkpoint; `config` is needed for an official one.
+def load_model(
+    path: str | Path, config: Config | None = None, *, force: bool = False, any_frames: bool = False
+) -> tuple[Claver, dict[str, Any]]:
+    """The model of a checkpoint in evaluation mode, and the checkpoint.
+
+    Args:
+        path: of a checkpoint, ours or the authors'.
+        config: whose `model` section the model is built from; None: what the checkpoint says. It may not contradict the
+            checkpoint.
+        force: let it contradict the checkpoint; of another number of frames, to which a learned embedding is interpolated, a
+            warning says so.
+        any_frames: let it have another number of frames.
 
     Raises:
-        CheckpointError: as `load_checkpoint`, or the weights do not fit the model.
+        CheckpointError: as `load_checkpoint`; a contradiction, with both values; an official checkpoint that does not say its
+            mask, without a `config`; weights that do not fit the model.
     """
     content = load_checkpoint(path)
+    stored = content["config"]
     if config is None:
-        if "config" not in content:
-            raise CheckpointError(f"{path}: an official checkpoint does not say what it is; pass --config")
-        config = from_dict(content["config"], f"{path}: config")
+        if "attention" not in stored["model"]:
+            raise CheckpointError(f"{path}: an official checkpoint that does not say which mask it has; pass --config")
+        config = from_dict(stored, f"{path}: config")
+    elif not force:
+        there = {key: value for key, value in stored["model"].items() if not (any_frames and key == "frames")}
+        _check_agreement(path, there, config.model)
+    frames = stored["model"].get("frames", config.model.frames)
+    if frames != config.model.frames:
+        how = (
+            "its temporal embedding is interpolated"
+            if config.model.temporal_embedding is True
+            else "no weight of it is of time"
+        )
+        warnings.warn(f"{path}: was trained on {frames} frames and gets {config.model.frames}: {how}", stacklevel=2)
     # the weights are at hand: nothing is to be downloaded
     model = build_model(from_dict(to_dict(config) | {"model": to_dict(config)["model"] | {"pretrained": None}}).model)
     try:
@@ -154,63 +178,25 @@ def load_model(path: str | Path, config: Config | None = None) -> tuple[Claver, 
     return model.eval(), content
 
 
-def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names of the authors' code, under ours."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        name = name.replace("visual.temporal_embedding", "visual.temporal_encoder.embedding.weight")
-        name = re.sub(
-            r"visual\.transformer_t\.resblocks\.(\d+)\.temporal_", r"visual.temporal_encoder.blocks.\1.", name
+# what changes a model's outputs without a trace in the shapes of its weights, or had better be named than found there
+BINDING = ("attention", "window", "sink", "placement", "layers", "temporal_embedding", "quick_gelu")
+
+
+def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConfig) -> None:
+    """Raise for settings that contradict a checkpoint's `model` section."""
+    # a setting that is newer than the checkpoint was at its default
+    theirs = to_dict(Config())["model"] | {"frames": config.frames} | stored
+    ours = to_dict(Config(model=config))["model"]
+    binding = [name for name in BINDING if name != "attention" or name in stored]
+    if config.placement == "append" and None in (theirs["layers"], ours["layers"]):
+        binding.remove("layers")  # a default is found in the weights, and they must fit anyway
+    pairs = [(name, theirs[name], ours[name]) for name in ("frames", *binding)]
+    for section, name, default in (("vision", "head_width", 64), ("text", "heads", 8)):
+        if theirs[section] is not None and ours[section] is not None:
+            pairs += [(f"{section}.{name}", *(values[section].get(name, default) for values in (theirs, ours)))]
+    different = [f"model.{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+    if different:
+        raise CheckpointError(
+            f"{path}: is of another model than the configuration's: {'; '.join(different)}. Leave these settings out, or "
+            "pass --force to have other numbers than it was trained for"
         )
-        renamed[f"clip.{name}"] = (
-            tensor.unsqueeze(2) if name.endswith("embedding.weight") and tensor.ndim == 3 else tensor
-        )
-    return renamed
-
-
-# ---- reading tensors without executing a pickle ------------------------------------------------------------------------
-
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-    ("torch", "device"),
-}
-
-
-class _Inert(dict):
-    """Stands for an object of any other class: it takes what the pickle hands it and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def add(self, item: Any) -> None:
-        pass
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _ALLOWED or storage or dtype:
-            return super().find_class(module, name)
-        return _Inert
-
-
-def _load(file: Any, **kwargs: Any) -> Any:
-    return _TensorUnpickler(file, **kwargs).load()
-
-
-_TENSORS_ONLY = SimpleNamespace(Unpickler=_TensorUnpickler, load=_load, __name__="tensors_only")

@@ -78,7 +78,7 @@ def demo_config(
             temporal_embedding="rotary" if temporal and rotary else temporal,
             # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
             position_std=1.0,
-            temporal_std=0.5,
+            temporal_std=0.5 if temporal and not rotary else None,
             token_std=0.1,
             logit_scale=30.0,
         ),

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .augment import AugmentConfig
-from .data import Sample, TestDataset, broken_files
+from .data import TestDataset, broken_files
 from .model import Claver
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "evaluate",
     "feature_probabilities",
     "likeliest",
-    "predict_files",
 ]
 
 
@@ -142,19 +140,3 @@ def likeliest(probabilities: Tensor, classes: Sequence[str], count: int) -> list
     """The `count` likeliest classes, or all if there are fewer, with their `probabilities (C,)`, the likeliest first."""
     top = probabilities.topk(min(count, len(classes)))
     return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-
-
-def predict_files(
-    model: Claver, paths: Sequence[str], tokens: Tensor, frames: int, augment: AugmentConfig, *, clips: int, crops: int
-) -> list[Tensor | str]:
-    """For each file its class probabilities `(C,)`, or why it cannot be read."""
-    dataset = TestDataset([Sample(path, 0) for path in paths], frames, augment, num_clips=clips, num_crops=crops)
-    device = next(model.parameters()).device
-    text_features = encode_prompts(model, tokens)
-    results: list[Tensor | str] = []
-    for item in (dataset[i] for i in range(len(dataset))):
-        if item["error"]:
-            results.append(item["error"])
-        else:
-            results.append(class_probabilities(model, item["video"][None].to(device), text_features)[0].cpu())
-    return results

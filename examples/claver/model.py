@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from kronmask import masks, patch_vit, temporal_parameters
 
-from .config import ModelConfig
+from .config import Config, ModelConfig
 
 __all__ = ["Claver", "build_model", "describe_trained", "freeze"]
 
@@ -29,6 +30,17 @@ class Claver(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        # of a model `from_pretrained`: what it was trained as
+        self.config: Config | None = None
+        self.classes: list[str] = []
+        self.prompts: list[list[str]] = []
+
+    @staticmethod
+    def from_pretrained(name: str | Path, *, revision: str | None = None) -> Claver:
+        """A model of the Hugging Face Hub, or of a folder, as `hub.from_pretrained`."""
+        from .hub import from_pretrained
+
+        return from_pretrained(name, revision=revision)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Features `(B, E)` of normalised clips `(B, T, 3, H, W)`."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import Config, to_dict
+from .config import Config
 from .data import read_labels
 from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
 from .prompts import ACTION_TEMPLATES, build_prompts
+from .settings import to_dict
 
 __all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint", "choose_prompts_of_others"]
 
@@ -86,11 +87,11 @@ def choose_prompts_of_checkpoint(config: Config, content: Mapping[str, Any], *, 
     """
     ours = to_dict(config)["data"]
     theirs = content.get("config", {}).get("data", {})
-    stored: list[str] | None = content.get("classes")
+    stored: list[str] | None = content.get("classes") or None  # a converted one may have none
     same_file = ours["labels"] == theirs.get("labels")
     classes = read_labels(config.data.labels) if need_labels or stored is None or not same_file else stored
     other_texts = any(ours[key] != theirs.get(key) for key in TEXT_SETTINGS)
-    if "prompts" not in content or other_texts or classes != stored:  # the order counts: an id is a place in the list
+    if not content.get("prompts") or other_texts or classes != stored:  # the order counts: an id is a place in the list
         return choose_prompts(config, classes)
     prompts = content["prompts"]
     return Choice(classes, prompts, config.train.prompts_per_step, f"the {len(prompts)} of its training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,16 @@ from tqdm import tqdm
 
 from .broken import BrokenFiles, check_files, file_problems
 from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, written
-from .config import Config, to_dict
-from .data import (
-    Sample,
-    TestDataset,
-    TrainDataset,
-    eval_loader,
-    read_labels,
-    set_epoch,
-    train_loader,
-)
+from .config import Config
+from .data import TestDataset, TrainDataset, eval_loader, read_labels, set_epoch, train_loader
 from .evaluate import Evaluation, evaluate
+from .lists import Sample
 from .model import Claver, build_model, describe_trained, freeze
 from .processes import StopSignals, end_together, start_processes
 from .prompt_choice import choose_prompts
 from .prompts import tokenize
 from .run_folder import BEST, empty, load_pair, save_pair, saved_steps, weights_of
+from .settings import to_dict
 from .state import TrainState, check_same_run
 from .step import NonFiniteError, StepResult, TrainStep
 from .videos import VideoList, read_videos
@@ -132,10 +126,12 @@ class _Training:
         (first,) = broadcast_object_list([steps[-1] if steps and resume else None])
 
         self.classes = read_labels(config.data.labels)
-        data, self.skip = config.data, config.data.broken == "skip"
-        trained, self.broken = self._list("train", "skipping", data.max_broken if self.skip else None)
-        tested, _ = self._list("test", "counting as wrong", 1.0 if config.test.broken == "wrong" else None)
-        samples = trained.samples
+        videos, tested = self._videos("train"), self._videos("test").samples
+        samples, self.skip = videos.samples, config.data.broken == "skip"
+        self.broken, self.replaced = BrokenFiles(samples, config.data.max_broken if self.skip else None), 0
+        self._pass_over(file_problems(samples), say)
+        if config.test.broken == "refuse":
+            check_files(tested)
         _, self.prompts, per_step, description = choose_prompts(config, self.classes)
         if per_step > len(self.prompts):
             raise ValueError(
@@ -150,7 +146,7 @@ class _Training:
             check_same_run(weights_of(self.folder, first), content, config, self.classes, self.prompts)
             model = _with_weights(weights_of(self.folder, first), config, model)
             say(f"resuming {self.folder} after step {first}")
-            if saved["processes"] != accelerator.num_processes and trained.kind == "shards":
+            if saved["processes"] != accelerator.num_processes and videos.kind == "shards":
                 raise CheckpointError(
                     f"{weights_of(self.folder, first)}: is of {saved['processes']} processes, which share the order of shards; "
                     f"go on with as many, not {accelerator.num_processes}"
@@ -182,17 +178,17 @@ class _Training:
                 config.model.frames,
                 config.augment,
                 seed=config.seed,
-                cache=data.cache,
+                cache=config.data.cache,
                 skip_broken=self.skip,
             ),
             settings.batch_size // shares,
-            num_workers=data.num_workers,
+            num_workers=config.data.num_workers,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
-            stream=trained.kind == "shards",
+            stream=videos.kind == "shards",
         )
-        self.middle = _test_loader(config, tested.samples, accelerator, clips=1, crops=1)
+        self.middle = _test_loader(config, tested, accelerator, clips=1, crops=1)
         self.per_epoch = len(self.loader) // settings.accumulate
         if not self.per_epoch:
             raise ValueError(f"{len(samples)} training videos do not fill one batch of {settings.batch_size}")
@@ -209,18 +205,18 @@ class _Training:
         )
         say(_describe_engine(config, accelerator, self.per_epoch))
 
-    def _list(self, name: str, doing: str, share: float | None) -> tuple[VideoList, BrokenFiles]:
-        """The videos of the training or the test list, and those that are not there, of which a share may be."""
+    def _videos(self, name: str) -> VideoList:
         data = self.config.data
         videos = read_videos(getattr(data, f"{name}_list"), data.root, self.classes)
-        broken = BrokenFiles(videos.samples, share)
-        for path, reason in broken.add(file_problems(videos.samples)):
-            self.accelerator.print(f"{doing} {path}: {reason}")
         self.accelerator.print(
-            f"{name}: {broken.expected - len(broken.reasons)} of {broken.expected} videos found, {len(self.classes)} classes, "
-            f"{videos.kind} {videos.hash}"
+            f"{name}: {len(videos.samples)} videos of {len(self.classes)} classes, {videos.kind} {videos.hash}"
         )
-        return videos, broken
+        return videos
+
+    def _pass_over(self, problems: Sequence[tuple[str, str]], say: Callable[[str], object]) -> None:
+        """Name videos that are passed over, each once; raise where there are too many."""
+        for name, reason in self.broken.add(problems):
+            say(f"skipping {name}: {reason}")
 
     def loop(self, progress: str, bar_position: int | None) -> Run:
         """All steps that are left, with evaluations and checkpoints between them."""
@@ -246,7 +242,8 @@ class _Training:
                 raise Stopped(
                     f"stopped after step {self.saved} of {self.total}; go on with the same command and --resume"
                 ) from error
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would end the processes' connection, too
+            tracker.finish()
         return Run(self.folder, state.evaluated_model(), self.tokens, state.history)
 
     def _epoch(self, bar: Any, signals: StopSignals, progress: str) -> None:
@@ -254,19 +251,20 @@ class _Training:
         config, state = self.config, self.state
         epoch, begun = divmod(state.step, self.per_epoch)
         set_epoch(self.loader, epoch, skip=begun * config.train.accumulate)
-        self.replaced = 0
-        batches, recent = self._noting(iter(self.loader), bar), []
+        batches, recent = iter(self.loader), []
         for _ in range(begun, self.per_epoch):
             result = self.do_step(batches, stop=signals.requested)
             recent.append(result)
             bar.update()
+            self.replaced += len(result.errors)
+            self._pass_over(result.errors, bar.write)
             ends = state.step % self.per_epoch == 0
             if state.step % LOG_EVERY == 0 or ends:
                 self._log({"loss": result.loss, "lr": result.lr})
                 bar.set_postfix_str(_speed(recent, config.train.batch_size))
                 recent = []
             if ends and self.skip:
-                self._tell_broken(bar, f"{progress}, epoch {epoch + 1}")
+                self._count_broken(bar, f"{progress}, epoch {epoch + 1}")
             if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.total):
                 self._evaluate(bar, f"{progress}, epoch {epoch + 1}: loss {result.loss:.3f}")
             every = config.train.save_every
@@ -275,23 +273,15 @@ class _Training:
             if result.stop:
                 raise KeyboardInterrupt
 
-    def _noting(self, batches: Iterator[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
-        """The same batches, while their broken videos are counted and named."""
-        for batch in batches:
-            self.replaced += len(batch["errors"])
-            for problem in self.broken.add(batch["errors"]):
-                bar.write("skipping {}: {}".format(*problem))
-            yield batch
-
-    def _tell_broken(self, bar: Any, title: str) -> None:
-        """Say what was skipped, and let all processes know of it, so that all stop or none."""
-        self.broken.add(gather_object(list(self.broken.reasons.items())))
-        replaced = sum(gather_object([self.replaced]))
-        if self.main:
-            bar.write(
-                f"{title}: {replaced} clips of broken videos were replaced; {len(self.broken.reasons)} of "
-                f"{self.broken.expected} videos are missing or broken"
-            )
+    def _count_broken(self, bar: Any, title: str) -> None:
+        """Say how many clips of an epoch were replaced."""
+        # the same for all processes, so that all stop or none
+        self.broken.add([problem for part in gather_object([list(self.broken.reasons.items())]) for problem in part])
+        replaced, self.replaced = sum(gather_object([self.replaced])), 0
+        bar.write(
+            f"{title}: {replaced} clips of broken videos were replaced; {len(self.broken.reasons)} of "
+            f"{self.broken.expected} videos are missing or broken"
+        )
 
     def _evaluate(self, bar: Any, title: str) -> None:
         """Evaluate the middle view, and keep the weights if they are the best."""
@@ -356,13 +346,11 @@ def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Seque
     classes = read_labels(config.data.labels) if classes is None else classes
     if len(classes) != tokens.shape[1]:
         raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
-    samples, tokens = (
-        read_videos(config.data.test_list, config.data.root, classes).samples,
-        tokens.to(accelerator.device),
-    )
+    samples = read_videos(config.data.test_list, config.data.root, classes).samples
     if config.test.broken == "refuse":
         check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
+    tokens = tokens.to(accelerator.device)
     with end_together(accelerator):
         return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
 
@@ -384,7 +372,7 @@ def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator
 def _with_weights(path: str | Path, config: Config, model: Claver | None) -> Claver:
     """The model of a configuration, or the one that is given, with the weights of a checkpoint."""
     if model is None:
-        return load_model(path, config)[0]
+        return load_model(path, config, any_frames=True)[0]
     try:
         model.load_state_dict(load_checkpoint(path)["model"])
     except RuntimeError as error:

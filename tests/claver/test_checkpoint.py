@@ -1,32 +1,23 @@
 """Checkpoints are read whole or refused by name, and no pickle is executed."""
 
+import dataclasses
 import os
 import pickle
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, from_official, load_checkpoint, load_model, save_checkpoint
-from claver.config import Config, to_dict
+from claver.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from claver.config import Config
 from claver.model import build_model
+from claver.official import from_official
+from claver.settings import to_dict
+from official_files import official_names
 from safetensors.torch import load_file, save_file
 from small import TEXT, VISION, small_model
 
 REGRESSION = Path(__file__).parent / "regression.pt"
 CLASSES, PROMPTS = ["left", "right"], [["a left", "a right"]]
-
-
-def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our state dict as the authors' code would have written it."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("clip.")
-        name = re.sub(
-            r"visual\.temporal_encoder\.blocks\.(\d+)\.", r"visual.transformer_t.resblocks.\1.temporal_", name
-        )
-        renamed[name.replace("visual.temporal_encoder.embedding.weight", "visual.temporal_embedding")] = tensor
-    return renamed
 
 
 def test_a_checkpoint_round_trips(tmp_path):
@@ -53,36 +44,6 @@ def test_checkpoints_of_before_safetensors_are_read(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
-
-
-class Node(dict):
-    """Stands for the configuration object in an official checkpoint."""
-
-    def __reduce__(self):
-        return (_explode, (), {"a": 1}, iter([1, 2]), iter([("k", "v")]))
-
-
-def _explode(*args):
-    raise AssertionError("the pickle was executed")
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_an_official_checkpoint_loads_without_executing_its_pickle(tmp_path, wrapped):
-    config = Config(model=small_model(vision=VISION | {"layers": 3}))
-    model = build_model(config.model).eval()
-    state = official_names(model.state_dict())
-    assert "visual.transformer_t.resblocks.0.temporal_attn.in_proj_weight" in state
-    if wrapped:
-        state = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save({"model": state, "config": Node(), "epoch": 59, "max_accuracy": 81.5}, tmp_path / "official.pth")
-    with pytest.raises(AssertionError, match="executed"):
-        torch.load(tmp_path / "official.pth", weights_only=False)
-    loaded, _ = load_model(tmp_path / "official.pth", config)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
-    with pytest.raises(CheckpointError, match="pass --config"):
-        load_model(tmp_path / "official.pth")
 
 
 def test_a_malicious_pickle_does_nothing(tmp_path):
@@ -124,6 +85,22 @@ def test_weights_of_another_model_are_refused_with_the_names(tmp_path):
     save_checkpoint(tmp_path / "c.pt", build_model(config.model), config, CLASSES, PROMPTS)
     with pytest.raises(CheckpointError, match=r"c\.pt: the weights do not fit"):
         load_model(tmp_path / "c.pt", Config(model=small_model(vision=VISION | {"layers": 3})))
+
+
+def test_what_our_checkpoint_says_of_its_model_binds(tmp_path):
+    config = Config(model=small_model(attention="kmct", window=3, layers=1, temporal_embedding="rotary"))
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, build_model(config.model), config, CLASSES, PROMPTS)
+    load_model(path, config)
+    with pytest.raises(CheckpointError, match=r"attention is 'kmct' there, 'causal' here.*window is 3 there, 2 here"):
+        load_model(path, Config(model=dataclasses.replace(config.model, attention="causal", window=2)))
+    load_model(path, Config(model=dataclasses.replace(config.model, window=2)), force=True)
+    longer = Config(model=dataclasses.replace(config.model, frames=6))
+    with pytest.raises(CheckpointError, match=r"model\.frames is 4 there, 6 here"):
+        load_model(path, longer)
+    for option in ("force", "any_frames"):
+        with pytest.warns(UserWarning, match="on 4 frames and gets 6: no weight of it is of time"):
+            load_model(path, longer, **{option: True})
 
 
 def test_the_outputs_of_a_stored_model_do_not_change():
