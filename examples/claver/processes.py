@@ -50,6 +50,7 @@ def start_processes(config: Config, *, trackers: bool = False) -> Accelerator:
         )
     AcceleratorState._reset_state()
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else Accelerate would have each process train alone
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         log_with=list(names) or None,
@@ -140,6 +141,10 @@ def end_together(accelerator: Accelerator) -> Iterator[None]:
             first = store.compare_set(_FAILURE, "", f"{own}: {type(error).__name__}: {error}").decode()
         except RuntimeError:  # the store was that of the process that is gone
             first = ""
+        if isinstance(error, KeyboardInterrupt):  # all of them were asked to stop, or will miss this one
+            raise
         if first and not first.startswith(own):
             raise ProcessError(f"another process failed, so this one stops. {first}") from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProcessError(f"another process is gone, so {own} stops ({error})") from error
         raise

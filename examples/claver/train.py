@@ -146,6 +146,11 @@ class _Training:
             check_same_run(weights_of(self.folder, first), content, config, self.classes, self.prompts)
             model = _with_weights(weights_of(self.folder, first), config, model)
             say(f"resuming {self.folder} after step {first}")
+            if saved["processes"] != accelerator.num_processes and videos.kind == "shards":
+                raise CheckpointError(
+                    f"{weights_of(self.folder, first)}: is of {saved['processes']} processes, which share the order of shards; "
+                    f"go on with as many, not {accelerator.num_processes}"
+                )
             if saved["processes"] != accelerator.num_processes:
                 say(
                     f"it ran on {saved['processes']} processes and goes on with {accelerator.num_processes}: the same videos in "
@@ -237,7 +242,8 @@ class _Training:
                 raise Stopped(
                     f"stopped after step {self.saved} of {self.total}; go on with the same command and --resume"
                 ) from error
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would end the processes' connection, too
+            tracker.finish()
         return Run(self.folder, state.evaluated_model(), self.tokens, state.history)
 
     def _epoch(self, bar: Any, signals: StopSignals, progress: str) -> None:
