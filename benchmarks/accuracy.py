@@ -83,7 +83,12 @@ def variant_config(name: str, folder: Path, dataset: MotionDataset, *, seed: int
     """The demo's configuration, but for what the variant is about."""
     variant = VARIANTS[name]
     config = demo_config(folder, dataset, temporal=True, seed=seed, epochs=epochs)
-    model = dataclasses.replace(config.model, attention=variant.masks[0], temporal_embedding=variant.embedding)
+    model = dataclasses.replace(
+        config.model,
+        attention=variant.masks[0],
+        temporal_embedding=variant.embedding,
+        temporal_std=config.model.temporal_std if variant.embedding else None,
+    )
     return dataclasses.replace(
         config,
         run_dir=str(folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"),

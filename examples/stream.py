@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from claver.annotate import AnnotatedVideo
     from claver.checkpoint import load_model
-    from claver.config import from_dict
     from claver.evaluate import encode_prompts
+    from claver.settings import from_dict
     from claver.sources import open_source
     from claver.streaming import StreamClassifier
     from claver.train import tokens_of
@@ -136,9 +136,9 @@ def _stream(
 
 
 def _texts(options: argparse.Namespace, content: dict[str, Any]) -> Choice:
-    from claver.config import from_dict
     from claver.data import read_labels
     from claver.prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
+    from claver.settings import from_dict
 
     config = from_dict(content["config"], options.checkpoint)
     if options.labels or options.classes:

@@ -13,6 +13,7 @@ import pytest
 import stream_speed
 import tables
 import torch
+from claver.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in (".", "benchmarks", "examples")}
@@ -55,7 +56,8 @@ def test_the_notebook_runs():
 
 @pytest.mark.parametrize("command", re.findall(r"examples/claver_k400.py ((?:.*\\\n)*.*)", PAGES["examples"]))
 def test_commands_parse(command):
-    claver_k400._parser().parse_args(shlex.split(command.replace("\\\n", " "), comments=True))
+    line = shlex.split(command.replace("\\\n", " "), comments=True)
+    parse(claver_k400.COMMANDS, line, description="", default="demo")
 
 
 def test_links_and_pictures_exist():

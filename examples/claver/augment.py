@@ -33,10 +33,21 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Size of clips in pixels, and probabilities and strengths of augmentation; the defaults are CLAVER's.
+    """Pixels of a clip, and random changes of them in training; the defaults are CLAVER's.
 
-    `flip`, `jitter` and `grey` are probabilities: set `flip=0` where left and right matter. `mixup` and `cutmix` are
-    the alpha of their Beta distribution, 0 for off; `switch` is the probability of cutmix where both are on.
+    Attributes:
+        size: of a clip in pixels.
+        short_side: to which frames are resized before they are cropped.
+        scales: of the training crops, of which one is drawn for each side.
+        flip: probability of mirroring; 0 where left and right matter.
+        jitter: probability of other colours.
+        grey: probability of none.
+        mixup: alpha of the Beta distribution by which two clips are blended; 0 for off.
+        cutmix: alpha of that by which a part of one is put into another; 0 for off.
+        switch: probability of cutmix where both are on.
+        label_smoothing: share of the target that all classes have.
+        mean: of RGB in [0, 1]; CLIP's. The authors' own checkpoints were trained with ImageNet's.
+        std: of RGB in [0, 1].
 
     Raises:
         ValueError: a value out of its range, or a crop that is larger than the resized frame.
@@ -52,7 +63,7 @@ class AugmentConfig:
     cutmix: float = 1.0
     switch: float = 0.5
     label_smoothing: float = 0.1
-    mean: tuple[float, ...] = CLIP_MEAN  # of RGB in [0, 1]; the authors' own checkpoints were trained with ImageNet's
+    mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import Config, ModelConfig, from_dict, to_dict
+from .config import Config, ModelConfig
 from .files import replace_file
 from .model import Claver, build_model
 from .official import describe_official, from_official, is_official, read_pickle
+from .settings import from_dict, to_dict
 
 __all__ = ["CheckpointError", "load_checkpoint", "load_model", "save_checkpoint", "written"]
 
@@ -134,14 +135,18 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path, config: Config | None = None, *, force: bool = False) -> tuple[Claver, dict[str, Any]]:
+def load_model(
+    path: str | Path, config: Config | None = None, *, force: bool = False, any_frames: bool = False
+) -> tuple[Claver, dict[str, Any]]:
     """The model of a checkpoint in evaluation mode, and the checkpoint.
 
     Args:
         path: of a checkpoint, ours or the authors'.
         config: whose `model` section the model is built from; None: what the checkpoint says. It may not contradict the
-            checkpoint but in `frames`: another number of them is warned of.
-        force: let `config` contradict the checkpoint.
+            checkpoint.
+        force: let it contradict the checkpoint; of another number of frames, to which a learned embedding is interpolated, a
+            warning says so.
+        any_frames: let it have another number of frames.
 
     Raises:
         CheckpointError: as `load_checkpoint`; a contradiction, with both values; an official checkpoint that does not say its
@@ -154,7 +159,16 @@ def load_model(path: str | Path, config: Config | None = None, *, force: bool = 
             raise CheckpointError(f"{path}: an official checkpoint that does not say which mask it has; pass --config")
         config = from_dict(stored, f"{path}: config")
     elif not force:
-        _check_agreement(path, stored["model"], config.model)
+        there = {key: value for key, value in stored["model"].items() if not (any_frames and key == "frames")}
+        _check_agreement(path, there, config.model)
+    frames = stored["model"].get("frames", config.model.frames)
+    if frames != config.model.frames:
+        how = (
+            "its temporal embedding is interpolated"
+            if config.model.temporal_embedding is True
+            else "no weight of it is of time"
+        )
+        warnings.warn(f"{path}: was trained on {frames} frames and gets {config.model.frames}: {how}", stacklevel=2)
     # the weights are at hand: nothing is to be downloaded
     model = build_model(from_dict(to_dict(config) | {"model": to_dict(config)["model"] | {"pretrained": None}}).model)
     try:
@@ -169,13 +183,14 @@ BINDING = ("attention", "window", "sink", "placement", "layers", "temporal_embed
 
 
 def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConfig) -> None:
-    """Raise for settings that contradict a checkpoint's `model` section; warn of another number of frames."""
-    theirs = to_dict(Config())["model"] | stored  # a setting that is newer than the checkpoint was at its default
+    """Raise for settings that contradict a checkpoint's `model` section."""
+    # a setting that is newer than the checkpoint was at its default
+    theirs = to_dict(Config())["model"] | {"frames": config.frames} | stored
     ours = to_dict(Config(model=config))["model"]
     binding = [name for name in BINDING if name != "attention" or name in stored]
     if config.placement == "append" and None in (theirs["layers"], ours["layers"]):
         binding.remove("layers")  # a default is found in the weights, and they must fit anyway
-    pairs = [(name, theirs[name], ours[name]) for name in binding]
+    pairs = [(name, theirs[name], ours[name]) for name in ("frames", *binding)]
     for section, name, default in (("vision", "head_width", 64), ("text", "heads", 8)):
         if theirs[section] is not None and ours[section] is not None:
             pairs += [(f"{section}.{name}", *(values[section].get(name, default) for values in (theirs, ours)))]
@@ -184,13 +199,4 @@ def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConf
         raise CheckpointError(
             f"{path}: is of another model than the configuration's: {'; '.join(different)}. Leave these settings out, or "
             "pass --force to have other numbers than it was trained for"
-        )
-    if theirs["frames"] != ours["frames"]:
-        how = (
-            "its temporal embedding is interpolated" if config.temporal_embedding is True else "it has no place in time"
-        )
-        if config.temporal_embedding == "rotary":
-            how = "its time is relative"
-        warnings.warn(
-            f"{path}: was trained on {theirs['frames']} frames and gets {ours['frames']}: {how}", stacklevel=3
         )

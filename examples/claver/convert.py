@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import CheckpointError, load_model, save_checkpoint
-from .config import Config, from_dict
+from .config import Config
 from .prompt_choice import choose_prompts
+from .settings import from_dict
 
 __all__ = ["convert"]
 

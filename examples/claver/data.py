@@ -1,29 +1,28 @@
-"""Lists of labelled videos, the training and test sets made of them, and their loaders.
+"""The training and test sets made of labelled videos, and their loaders.
 
-A file that is missing or broken is never skipped, replaced or blanked: `check_files` lists all of them before a run,
-training stops with the name of the file, and evaluation collects them in the `errors` of its batches.
+A video that is missing or broken is never blanked or passed over in silence: training stops with its name, or counts it and
+names it in the `errors` of its batch, and evaluation collects all of them there.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import itertools
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
 from .augment import AugmentConfig, crop_views, resize_short_side, train_clip
+from .broken import broken_files, check_files
+from .lists import DatasetError, Sample, list_hash, read_labels, read_list
 from .sampling import segment_indices, view_indices
+from .shard_stream import LANES, batches_of_lane, shard_bounds, stream_samples
+from .tars import Member
 from .video import VideoError, probe, read_frames
 
 __all__ = [
@@ -41,154 +40,42 @@ __all__ = [
     "train_loader",
 ]
 
-_NAMED = 20  # problems that an error message names
-
-
-class Sample(NamedTuple):
-    """A video file and its class."""
-
-    path: str
-    label: int
-
-
-class DatasetError(ValueError):
-    """Faults of a list or of its files.
-
-    The message names the first 20 with their reasons; `problems` holds all of them, as `(name, reason)`.
-    """
-
-    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
-        named = [f"\n  {name}: {reason}" for name, reason in problems[:_NAMED]]
-        if len(problems) > _NAMED:
-            named.append(f"\n  ... and {len(problems) - _NAMED} more")
-        super().__init__(message + "".join(named))
-        self.problems = list(problems)
-
-
-def read_labels(path: str | os.PathLike[str]) -> list[str]:
-    """Class names in the order of their ids, from a CSV file whose first columns are `id,name`.
-
-    Raises:
-        DatasetError: another header, a malformed line, a repeated name, or ids that are not 0, 1, ... once each.
-    """
-    names: dict[int, str] = {}
-    seen: dict[str, int] = {}
-    problems = []
-    for line, row in _csv_rows(path, ["id", "name"], further=True):
-        number, name = _integer(row[0]), row[1].strip() if len(row) == 2 else ""
-        if len(row) != 2:
-            problems.append((f"line {line}", f"expected id,name, got {len(row)} fields (quote a name with a comma)"))
-        elif number is None or number < 0:
-            problems.append((f"line {line}", f"id {row[0]!r} is not a class number"))
-        elif not name:
-            problems.append((f"line {line}", "the name is empty"))
-        elif number in names:
-            problems.append((f"line {line}", f"id {number} was given before, to {names[number]!r}"))
-        elif name in seen:
-            problems.append((f"line {line}", f"name {name!r} was given before, on line {seen[name]}"))
-        else:
-            names[number], seen[name] = name, line
-    if not problems:
-        if not names:
-            raise DatasetError(f"{path}: no classes")
-        missing = sorted(set(range(max(names) + 1)) - names.keys())
-        problems = [(f"id {number}", f"missing, ids must be 0 to {max(names)}") for number in missing]
-    if problems:
-        raise DatasetError(f"{path}: not a valid list of classes:", problems)
-    return [names[number] for number in range(len(names))]
-
-
-def read_list(
-    path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, num_classes: int | None = None
-) -> list[Sample]:
-    """Samples from a text file of `path label` lines, or from a `.csv` file with the columns `path,label`.
-
-    A path may have spaces: the label is what follows the last one. Relative paths are under `root`. Blank lines are
-    skipped. Files are not looked at: see `check_files`.
-
-    Raises:
-        DatasetError: an empty list, a malformed line, or a label that is not in `0 .. num_classes - 1`.
-    """
-    path = Path(path)
-    if path.suffix.lower() == ".csv":
-        rows = _csv_rows(path, ["path", "label"])
-    else:
-        rows = [(i, line.rsplit(maxsplit=1)) for i, line in enumerate(_lines(path), 1) if line.strip()]
-    samples, problems = [], []
-    for line, row in rows:
-        label = _integer(row[-1]) if len(row) == 2 else None
-        if len(row) != 2 or not row[0].strip():
-            problems.append((f"line {line}", f"expected a path and a label, got {' '.join(row)!r}"))
-        elif label is None:
-            problems.append((f"line {line}", f"label {row[1]!r} is not a number"))
-        elif label < 0 or (num_classes is not None and label >= num_classes):
-            limit = "" if num_classes is None else f" to {num_classes - 1} ({num_classes} classes)"
-            problems.append((f"line {line}", f"label {label} of {row[0].strip()!r} is out of range, expected 0{limit}"))
-        else:
-            samples.append(Sample(os.path.join(root or "", row[0].strip()), label))
-    if problems:
-        raise DatasetError(f"{path}: {len(problems)} of {len(rows)} lines are not valid:", problems)
-    if not samples:
-        raise DatasetError(f"{path}: the list is empty")
-    return samples
-
-
-def check_files(samples: Sequence[Sample], *, deep: bool = False, num_threads: int = 4, progress: bool = True) -> None:
-    """Check that every file of a list is there and not empty; `deep` also opens each one and decodes its first frame.
-
-    Raises:
-        DatasetError: names the missing or broken files with the reasons, and counts found and expected ones.
-    """
-    paths = list(dict.fromkeys(sample.path for sample in samples))
-    check = _probe_problem if deep else _file_problem
-    with ThreadPoolExecutor(num_threads) as pool:
-        reasons = list(
-            tqdm(
-                pool.map(check, paths),
-                total=len(paths),
-                desc="checking videos",
-                unit="file",
-                disable=not (deep and progress),
-            )
-        )
-    problems = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
-    if problems:
-        raise broken_files(problems, len(paths))
-
-
-def broken_files(problems: Sequence[tuple[str, str]], expected: int) -> DatasetError:
-    """The error, to be raised, for `(path, reason)` of the broken ones of `expected` files."""
-    found = expected - len(problems)
-    return DatasetError(f"found {found} of {expected} videos, {len(problems)} missing or broken:", problems)
-
-
-def list_hash(samples: Sequence[Sample], root: str | os.PathLike[str] | None = None) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of a list, for logs; paths count relative to `root`."""
-    digest = hashlib.sha256()
-    for path, label in samples:
-        name = os.path.relpath(path, root) if root else path
-        digest.update(f"{Path(name).as_posix()}\0{label}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:12]
+_SUBSTITUTES = 16  # videos that are tried for a broken one
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
     """One augmented clip of each video.
 
-    Item: `video` float32 `(T, 3, size, size)`, normalised; `label` and `index`, int. What is random about an item is a
-    function of `(seed, epoch, index)` alone, whatever the number of workers; `set_epoch` reaches running workers.
-    A file that cannot be read raises `VideoError`, which names it. With `cache`, each file is decoded once and all of
-    its frames stay in memory at `short_side`: for small sets, and `num_workers=0`.
+    Item: `video` float32 `(T, 3, size, size)`, normalised; `label` and `index`, int; `errors`, empty. What is random about
+    an item is a function of `(seed, epoch, index)` alone, whatever the number of workers; `set_epoch` reaches running
+    workers. A video that cannot be read raises `VideoError`, which names it. With `skip_broken` it is named in the item's
+    `errors`, `(name, reason)`, and another takes its place, drawn from the whole list by the same three numbers: so all
+    processes keep their number of steps and the shape of their batches, and a run that is resumed meets the same clips.
+    `index` is then that of the other. With `cache`, each file is decoded once and all of its frames stay in memory at
+    `short_side`: for small sets, and `num_workers=0`.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], frames: int, augment: AugmentConfig, *, seed: int = 0, cache: bool = False
+        self,
+        samples: Sequence[Sample],
+        frames: int,
+        augment: AugmentConfig,
+        *,
+        seed: int = 0,
+        cache: bool = False,
+        skip_broken: bool = False,
     ) -> None:
         self.samples = list(samples)
         self.frames = frames
         self.augment = augment
         self.seed = seed
+        self.skip_broken = skip_broken
         self.source = _FrameSource(augment.short_side, cache)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other clips and augmentations; to be called before the loader is iterated."""
@@ -198,10 +85,29 @@ class TrainDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, label = self.samples[index]
-        generator = _generator(self.seed, int(self._epoch), index)
-        video = self.source.read(path, lambda count: segment_indices(count, self.frames, generator=generator))
-        return {"video": train_clip(video, self.augment, generator), "label": label, "index": index}
+        return self.item(index, self.samples[index].path)
+
+    def item(self, index: int, video: str | Member) -> dict[str, Any]:
+        """The item of sample `index`, whose video may have been read into memory already."""
+        errors: list[tuple[str, str]] = []
+        for place, path in self._candidates(index, video):
+            generator = _generator(self.seed, self.epoch, index)
+            try:
+                clip = self.source.read(path, partial(segment_indices, frames=self.frames, generator=generator))
+            except VideoError as error:
+                if not self.skip_broken:
+                    raise
+                errors.append((str(path), _reason(path, error)))
+                continue
+            clip = train_clip(clip, self.augment, generator)
+            return {"video": clip, "label": self.samples[place].label, "index": place, "errors": errors}
+        raise broken_files(errors, len(errors))
+
+    def _candidates(self, index: int, video: str | Member) -> Iterator[tuple[int, str | Member]]:
+        yield index, video
+        draws = np.random.default_rng([self.seed, self.epoch, index])
+        for place in draws.integers(len(self.samples), size=_SUBSTITUTES).tolist():
+            yield place, self.samples[place].path
 
 
 class TestDataset(Dataset[dict[str, Any]]):
@@ -256,7 +162,7 @@ class TestDataset(Dataset[dict[str, Any]]):
             "video": torch.stack([item["video"] for item in good]) if good else empty,
             "label": torch.tensor([item["label"] for item in good], dtype=torch.int64),
             "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
-            "errors": [(self.samples[item["index"]].path, item["error"]) for item in items if item["error"]],
+            "errors": [(str(self.samples[item["index"]].path), item["error"]) for item in items if item["error"]],
         }
 
 
@@ -268,21 +174,34 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    stream: bool = False,
 ) -> DataLoader[dict[str, Any]]:
     """Shuffled batches of `batch_size` clips for each of `world_size` processes; the incomplete last batch is dropped.
 
-    The order is a function of the dataset's seed and the epoch: call `set_epoch(loader, epoch)` before each.
-    Raises ValueError if there is not one full batch, or for a cache with workers.
+    A batch has the clips' `video`, `label` and `index`, stacked, and their `errors` in one list. The order is a function of
+    the dataset's seed and the epoch: call `set_epoch(loader, epoch)` before each. With `stream` the samples are those of
+    shards, which are read from start to end (see `shard_stream`); the order is another one, and a function of `world_size`
+    too. All processes have equally many batches.
+
+    Raises:
+        ValueError: there is not one full batch, a cache with workers or a stream, or a stream with a number of workers that
+            does not divide its lanes.
     """
     if len(dataset) // world_size < batch_size:
         raise ValueError(
             f"{len(dataset)} samples on {world_size} processes do not fill one batch of {batch_size} on each; "
             "use a smaller batch_size"
         )
-    sampler = _ResumableSampler(
-        dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=dataset.seed, drop_last=True
-    )
-    return _loader(dataset, batch_size, sampler, num_workers, pin_memory, drop_last=True, collate=default_collate)
+    if not stream:
+        sampler = _Shuffled(dataset, rank, world_size, batch_size)
+        return _loader(dataset, dataset.source, batch_size, sampler, num_workers, pin_memory, _collate, drop_last=True)
+    if dataset.source.cache is not None:
+        raise ValueError("cache=True is for lists and folders: shards are read anew in each epoch")
+    if num_workers and LANES % num_workers:
+        numbers = ", ".join(str(n) for n in range(1, LANES + 1) if LANES % n == 0)
+        raise ValueError(f"training from shards needs num_workers of 0 or one of {numbers}, got {num_workers}")
+    batches = _ShardBatches(dataset, batch_size, rank, world_size)
+    return _loader(batches, dataset.source, None, None, num_workers, pin_memory)
 
 
 def eval_loader(
@@ -300,29 +219,77 @@ def eval_loader(
     Raises ValueError for a cache with workers.
     """
     shard = range(rank, len(dataset), world_size)
-    return _loader(dataset, batch_size, shard, num_workers, pin_memory, drop_last=False, collate=dataset.collate)
+    return _loader(dataset, dataset.source, batch_size, shard, num_workers, pin_memory, dataset.collate)
 
 
 def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int, *, skip: int = 0) -> None:
     """Set the epoch of the order and the augmentation of a `train_loader`, also in its running workers.
 
-    `skip` batches of the epoch, which were done before, are left out without being read.
+    `skip` batches of the epoch, which were done before, are left out without being decoded.
     """
-    assert isinstance(loader.dataset, TrainDataset)
-    assert isinstance(loader.sampler, _ResumableSampler)
-    assert loader.batch_size is not None
-    loader.dataset.set_epoch(epoch)
-    loader.sampler.set_epoch(epoch)
-    loader.sampler.skip = skip * loader.batch_size
+    order = loader.dataset if isinstance(loader.dataset, _ShardBatches) else loader.sampler
+    assert isinstance(order, (_ShardBatches, _Shuffled))
+    order.start(epoch, skip)
 
 
-class _ResumableSampler(DistributedSampler[Any]):
-    """A DistributedSampler that leaves out the first `skip` samples of its process."""
+class _Shuffled(DistributedSampler[Any]):
+    """The indices of one process in an epoch, shuffled, without the batches to skip; its length is that of the whole epoch."""
 
-    skip = 0
+    def __init__(self, dataset: TrainDataset, rank: int, world_size: int, batch_size: int) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=dataset.seed, drop_last=True)
+        self.batch_size = batch_size
+        self.skip = 0
+
+    def start(self, epoch: int, skip: int) -> None:
+        self.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.skip = skip
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(super().__iter__(), self.skip, None)
+        return islice(super().__iter__(), self.skip * self.batch_size, None)
+
+
+class _ShardBatches(IterableDataset[dict[str, Any]]):
+    """The batches of one process in an epoch, read from shards, without those to skip; its length is that of the whole epoch."""
+
+    def __init__(self, clips: TrainDataset, batch_size: int, rank: int, world_size: int) -> None:
+        self.clips = clips
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.bounds = shard_bounds(clips.samples)
+        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def start(self, epoch: int, skip: int) -> None:
+        self.clips.set_epoch(epoch)
+        self._skip.fill_(skip)
+
+    def __len__(self) -> int:
+        return len(self.clips) // self.world_size // self.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        skip = int(self._skip)
+        lanes: dict[int, Iterator[tuple[int, Member]]] = {}
+        for batch in range(skip + number, len(self), workers):
+            lane = batch % LANES
+            if lane not in lanes:
+                lanes[lane] = self._lane(lane, skip)
+            items = [self.clips.item(index, video) for index, video in islice(lanes[lane], self.batch_size)]
+            yield _collate(items)
+
+    def _lane(self, lane: int, skip: int) -> Iterator[tuple[int, Member]]:
+        """The samples of one lane without those of the first `skip` batches of the process."""
+        per_lane = [batches_of_lane(len(self), each) * self.batch_size for each in range(LANES)]
+        start = self.rank * sum(per_lane) + sum(per_lane[:lane])
+        key = (self.clips.seed, self.clips.epoch, self.rank * LANES + lane)
+        samples = stream_samples(self.clips.samples, self.bounds, start, start + per_lane[lane], key)
+        return islice(samples, batches_of_lane(skip, lane) * self.batch_size, None)
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    batch = default_collate([{key: value for key, value in item.items() if key != "errors"} for item in items])
+    return batch | {"errors": [error for item in items for error in item["errors"]]}
 
 
 class _FrameSource:
@@ -330,9 +297,9 @@ class _FrameSource:
 
     def __init__(self, short_side: int, cache: bool) -> None:
         self.short_side = short_side
-        self.cache: dict[str, torch.Tensor] | None = {} if cache else None
+        self.cache: dict[str | Member, torch.Tensor] | None = {} if cache else None
 
-    def read(self, path: str, choose: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def read(self, path: str | Member, choose: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The frames `choose(num_frames)` of a file, uint8 `(T, 3, h, w)`."""
         if self.cache is None:
             info = probe(path)
@@ -348,16 +315,17 @@ class _FrameSource:
 
 
 def _loader(
-    dataset: TrainDataset | TestDataset,
-    batch_size: int,
-    sampler: Iterable[int],
+    dataset: Dataset[dict[str, Any]],
+    source: _FrameSource,
+    batch_size: int | None,
+    sampler: Iterable[int] | None,
     num_workers: int,
     pin_memory: bool,
+    collate: Callable[[list[Any]], Any] | None = None,
     *,
-    drop_last: bool,
-    collate: Callable[[list[Any]], Any],
+    drop_last: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    if dataset.source.cache is not None and num_workers > 0:
+    if source.cache is not None and num_workers > 0:
         raise ValueError(f"cache=True needs num_workers=0, got {num_workers}: each worker would keep all frames")
     return DataLoader(
         dataset,
@@ -385,47 +353,5 @@ def _generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def _lines(path: str | os.PathLike[str]) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from error
-
-
-def _csv_rows(
-    path: str | os.PathLike[str], columns: list[str], *, further: bool = False
-) -> list[tuple[int, list[str]]]:
-    """The rows below the header, which must be `columns`, each with its line number.
-
-    With `further` there may be more columns after these; they are cut off from the rows that have them all.
-    """
-    reader = csv.reader(_lines(path))
-    header = [name.strip() for name in next(reader, [])]
-    if (header[: len(columns)] if further else header) != columns:
-        raise DatasetError(f"{path}: the first line must be {','.join(columns)}, got {','.join(header)!r}")
-    return [(reader.line_num, row[: len(columns)] if len(row) == len(header) else row) for row in reader if row]
-
-
-def _integer(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.removeprefix("-").isdecimal() and text.isascii() else None
-
-
-def _file_problem(path: str) -> str:
-    if not os.path.exists(path):
-        return "no such file"
-    if not os.path.isfile(path):
-        return "not a file"
-    return "" if os.path.getsize(path) else "the file is empty (0 bytes)"
-
-
-def _probe_problem(path: str) -> str:
-    try:
-        probe(path)
-    except VideoError as error:
-        return _reason(path, error)
-    return ""
-
-
-def _reason(path: str, error: VideoError) -> str:
+def _reason(path: str | Member, error: VideoError) -> str:
     return str(error).removeprefix(f"{path}: ")

@@ -33,6 +33,7 @@ from .motions import MOTIONS, MotionDataset, write_motion_dataset
 from .prompts import OBJECT_TEMPLATES
 from .run_folder import saved_steps, weights_of
 from .sampling import segment_indices
+from .tars import Member
 from .train import run_evaluation, train
 from .video import read_frames
 
@@ -77,7 +78,7 @@ def demo_config(
             temporal_embedding="rotary" if temporal and rotary else temporal,
             # a frame's patches have a standard deviation of about .5 at the start: smaller positions would drown in them
             position_std=1.0,
-            temporal_std=0.5,
+            temporal_std=0.5 if temporal and not rotary else None,
             token_std=0.1,
             logit_scale=30.0,
         ),
@@ -207,7 +208,7 @@ def _draw(
     return pictures
 
 
-def _film(path: str) -> Tensor:
+def _film(path: str | Member) -> Tensor:
     from .video import probe
 
     info = probe(path)

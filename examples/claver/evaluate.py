@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .augment import AugmentConfig
-from .data import Sample, TestDataset, broken_files
+from .data import TestDataset, broken_files
 from .model import Claver
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "evaluate",
     "feature_probabilities",
     "likeliest",
-    "predict_files",
 ]
 
 
@@ -36,20 +34,30 @@ class Evaluation:
     Attributes:
         probabilities: float32 `(videos, C)`, averaged over prompts and views, in the order of the list.
         labels: int64 `(videos,)`.
+        broken: `(name, reason)` of the videos that could not be read, in this order too; their probabilities are 0.
     """
 
     probabilities: Tensor
     labels: Tensor
+    broken: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def readable(self) -> Tensor:
+        """Which videos could be read: bool `(videos,)`."""
+        return self.probabilities.any(1)
 
     def top(self, k: int) -> float:
-        """Share of videos whose class is among the k likeliest, 0 to 1; with fewer than k classes, among all."""
+        """Share of videos whose class is among the k likeliest, 0 to 1; with fewer than k classes, among all.
+
+        A video that could not be read counts as wrong.
+        """
         likeliest = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
-        return (likeliest == self.labels[:, None]).any(1).float().mean().item()
+        return ((likeliest == self.labels[:, None]).any(1) & self.readable).float().mean().item()
 
     def confusion(self) -> Tensor:
-        """Counts `(C, C)`, true classes in rows and predicted ones in columns."""
+        """Counts `(C, C)`, true classes in rows and predicted ones in columns, of the videos that could be read."""
         classes = self.probabilities.shape[1]
-        cells = self.labels * classes + self.probabilities.argmax(1)
+        cells = (self.labels * classes + self.probabilities.argmax(1))[self.readable]
         return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
@@ -80,6 +88,7 @@ def evaluate(
     tokens: Tensor,
     accelerator: Accelerator,
     *,
+    broken: str = "refuse",
     progress: str | None = "evaluating",
 ) -> Evaluation:
     """Evaluate on all videos of a list, each exactly once, over all processes.
@@ -89,10 +98,12 @@ def evaluate(
         loader: of `data.eval_loader`, this process's share of the list.
         tokens: prompts `(A, C, context)`.
         accelerator: the processes.
+        broken: "wrong" counts videos that could not be read as wrong, and lists them in the result.
         progress: what the progress bar says; None for no bar.
 
     Raises:
-        DatasetError: files could not be read; it lists all of them. There is then no number.
+        DatasetError: files could not be read, and `broken` is "refuse" or none could; it lists all of them. There is then
+            no number.
     """
     training = model.training
     model.eval()
@@ -109,31 +120,23 @@ def evaluate(
     model.train(training)
     if accelerator.num_processes > 1:
         found, errors = gather_object(found), gather_object(errors)
-    expected = len(loader.dataset)  # type: ignore[arg-type]
-    if errors:
+    assert isinstance(loader.dataset, TestDataset)
+    samples, reasons = loader.dataset.samples, dict(errors)
+    expected = len(samples)
+    unread = sorted(set(range(expected)) - {index for index, _, _ in found})
+    if unread and (broken == "refuse" or len(unread) == expected):
         raise broken_files(sorted(errors), expected)
+    found += [(i, samples[i].label, torch.zeros(tokens.shape[1])) for i in unread]
     found.sort(key=lambda item: item[0])
     assert [index for index, _, _ in found] == list(range(expected)), "a video was evaluated twice or not at all"
-    return Evaluation(torch.stack([p for _, _, p in found]), torch.tensor([label for _, label, _ in found]))
+    return Evaluation(
+        torch.stack([p for _, _, p in found]),
+        torch.tensor([label for _, label, _ in found]),
+        tuple((name, reasons[name]) for name in (str(samples[i].path) for i in unread)),
+    )
 
 
 def likeliest(probabilities: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
     """The `count` likeliest classes, or all if there are fewer, with their `probabilities (C,)`, the likeliest first."""
     top = probabilities.topk(min(count, len(classes)))
     return [(classes[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-
-
-def predict_files(
-    model: Claver, paths: Sequence[str], tokens: Tensor, frames: int, augment: AugmentConfig, *, clips: int, crops: int
-) -> list[Tensor | str]:
-    """For each file its class probabilities `(C,)`, or why it cannot be read."""
-    dataset = TestDataset([Sample(path, 0) for path in paths], frames, augment, num_clips=clips, num_crops=crops)
-    device = next(model.parameters()).device
-    text_features = encode_prompts(model, tokens)
-    results: list[Tensor | str] = []
-    for item in (dataset[i] for i in range(len(dataset))):
-        if item["error"]:
-            results.append(item["error"])
-        else:
-            results.append(class_probabilities(model, item["video"][None].to(device), text_features)[0].cpu())
-    return results

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import CheckpointError, load_model, save_checkpoint
-from .config import Config, from_dict, to_dict
+from .config import Config
 from .files import replace_file
 from .model import Claver
 from .prompt_files import DATASETS, known_dataset, read_prompt_file, shipped_file
 from .run_folder import BEST
+from .settings import from_dict, to_dict
 
 __all__ = ["fetch", "from_pretrained", "model_card", "push", "save_pretrained"]
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_model
-from .config import DataConfig, from_dict
+from .config import DataConfig
 from .evaluate import Evaluation
 from .files import replace_file
 from .hub import fetch
 from .model import Claver
 from .motions import MOTIONS, opposite
 from .prompt_choice import choose_prompts_of_checkpoint
+from .settings import from_dict
 from .train import run_evaluation, tokens_of
 
 __all__ = ["Order", "evaluate_order", "opposites_of", "order", "summarize"]
@@ -192,12 +193,15 @@ def _evaluate_checkpoint(name: str, pairs: Mapping[str, str] | None, data: DataC
     choice = choose_prompts_of_checkpoint(config, content)
     tokens = tokens_of(choice.prompts, model)
     return evaluate_order(
-        model, lambda changed: run_evaluation(config, changed, tokens), opposites_of(choice.classes, pairs)
+        model,
+        lambda changed: run_evaluation(config, changed, tokens, choice.classes),
+        opposites_of(choice.classes, pairs),
     )
 
 
 def _classes(evaluation: Evaluation) -> Tensor:
-    return evaluation.probabilities.argmax(1)
+    """The likeliest class of each video, `(videos,)`; -1, no class, of one that could not be read."""
+    return evaluation.probabilities.argmax(1).where(evaluation.readable, -1)
 
 
 def _share(hits: Tensor) -> float:

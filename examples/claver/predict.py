@@ -18,8 +18,9 @@ from tqdm import tqdm
 from .annotate import AnnotatedVideo, annotate
 from .augment import crop_views
 from .config import Config
-from .data import Sample, TestDataset
+from .data import TestDataset
 from .evaluate import class_probabilities, encode_prompts, likeliest
+from .lists import VIDEO_ENDINGS, Sample
 from .model import Claver
 from .prompts import tokenize
 from .sampling import segment_indices
@@ -27,12 +28,7 @@ from .sources import natural_order
 from .streaming import StreamClassifier
 from .video import VideoError, iterate_frames, probe
 
-__all__ = ["VIDEO_ENDINGS", "find_videos", "predict", "predictions"]
-
-VIDEO_ENDINGS = (
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
-)  # fmt: skip
-"""Of the names of videos in folders."""
+__all__ = ["find_videos", "predict", "predictions"]
 
 
 def predict(
@@ -98,8 +94,8 @@ def predictions(
 
     `text_features (A, C, E)` are those of `evaluate.encode_prompts`.
     """
-    samples, views = [Sample(path, 0) for path in paths], config.test
-    dataset = TestDataset(samples, config.model.frames, config.augment, num_clips=views.clips, num_crops=views.crops)
+    samples, test = [Sample(path, 0) for path in paths], config.test
+    dataset = TestDataset(samples, config.model.frames, config.augment, num_clips=test.clips, num_crops=test.crops)
     for index, path in enumerate(paths):
         item = dataset[index]
         if item["error"]:

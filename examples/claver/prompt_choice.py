@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import Config, to_dict
+from .config import Config
 from .data import read_labels
 from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
 from .prompts import ACTION_TEMPLATES, build_prompts
+from .settings import to_dict
 
 __all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint", "choose_prompts_of_others"]
 

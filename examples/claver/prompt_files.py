@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .data import read_labels
 from .files import replace_file
+from .lists import read_labels
 from .prompts import KINDS, Interpretive, clean_class_name, some
 
 __all__ = [

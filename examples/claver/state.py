@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .checkpoint import CheckpointError
-from .config import Config, to_dict
+from .config import Config
 from .model import Claver
 from .optimizer import AverageWeights, parameter_groups
 from .processes import share_model
+from .settings import to_dict
 
 __all__ = ["TrainState", "check_same_run"]
 
@@ -34,6 +35,8 @@ FREE_ON_RESUME = (
     "data.root",
     "data.num_workers",
     "data.cache",
+    "data.broken",  # while nothing is broken nothing is skipped
+    "data.max_broken",
     "test.",
     "train.gradient_checkpointing",
     "train.compile",

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from .augment import mixup_cutmix
 from .config import Config
-from .data import Sample
 from .files import replace_file
+from .lists import Sample
 from .optimizer import learning_rate
 from .prompts import draw_prompts
 from .state import TrainState
@@ -34,13 +34,15 @@ class NonFiniteError(ValueError):
 @dataclass(frozen=True)
 class StepResult:
     """What a step was: its mean `loss` over all processes, `lr` of the first group, whether one of the processes was asked to
-    `stop`, and the `seconds` it took here, `waiting` for data among them."""
+    `stop`, the `seconds` it took here, `waiting` for data among them, and `errors`, the broken videos that others took the place
+    of here, as `(name, reason)`."""
 
     loss: float
     lr: float
     stop: bool
     seconds: float
     waiting: float
+    errors: tuple[tuple[str, str], ...]
 
 
 def contrastive_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -91,12 +93,13 @@ class TrainStep:
         chosen = draw_prompts(len(self.tokens), self.per_step, generator).to(self.tokens.device)
         for group, (base, minimum) in zip(state.optimizer.param_groups, state.rates, strict=True):
             group["lr"] = learning_rate(state.step, self.total, self.warmup, base, minimum)
-        losses, indices = [], []
+        losses, indices, errors = [], [], []
         for _ in range(config.train.accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waiting += time.perf_counter() - asked
             indices += batch["index"].tolist()
+            errors += batch["errors"]
             video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
             video, target = mixup_cutmix(video, label, self.tokens.shape[1], config.augment, generator)
             with accelerator.accumulate(state.runner):
@@ -121,12 +124,13 @@ class TrainStep:
             state.average.update()
         state.step += 1
         rate = state.optimizer.param_groups[0]["lr"]
-        return StepResult(sum(means) / len(means), rate, any(stops), time.perf_counter() - start, waiting)
+        seconds = time.perf_counter() - start
+        return StepResult(sum(means) / len(means), rate, any(stops), seconds, waiting, tuple(errors))
 
     def _refuse(self, losses: list[float], indices: list[int]) -> None:
         """Write the files of the step's batches on all processes with their losses, and raise NonFiniteError."""
         step, folder = self.state.step + 1, Path(self.config.run_dir)
-        files = gather_object([[self.samples[index].path for index in indices]])
+        files = gather_object([[str(self.samples[index].path) for index in indices]])
         path = folder / f"nonfinite_step_{step:08d}.json"
         if self.accelerator.is_main_process:
             batches = [{"loss": str(loss), "files": names} for loss, names in zip(losses, files, strict=True)]

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from .broken import BrokenFiles, check_files, file_problems
 from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, written
-from .config import Config, to_dict
-from .data import (
-    Sample,
-    TestDataset,
-    TrainDataset,
-    check_files,
-    eval_loader,
-    list_hash,
-    read_labels,
-    read_list,
-    set_epoch,
-    train_loader,
-)
+from .config import Config
+from .data import TestDataset, TrainDataset, eval_loader, read_labels, set_epoch, train_loader
 from .evaluate import Evaluation, evaluate
+from .lists import Sample
 from .model import Claver, build_model, describe_trained, freeze
 from .processes import StopSignals, end_together, start_processes
 from .prompt_choice import choose_prompts
 from .prompts import tokenize
 from .run_folder import BEST, empty, load_pair, save_pair, saved_steps, weights_of
+from .settings import to_dict
 from .state import TrainState, check_same_run
 from .step import NonFiniteError, StepResult, TrainStep
+from .videos import VideoList, read_videos
 
 __all__ = ["Run", "Stopped", "run_evaluation", "tokens_of", "train"]
 
@@ -132,7 +126,12 @@ class _Training:
         (first,) = broadcast_object_list([steps[-1] if steps and resume else None])
 
         self.classes = read_labels(config.data.labels)
-        samples, tested = self._list("train"), self._list("test")
+        videos, tested = self._videos("train"), self._videos("test").samples
+        samples, self.skip = videos.samples, config.data.broken == "skip"
+        self.broken, self.replaced = BrokenFiles(samples, config.data.max_broken if self.skip else None), 0
+        self._pass_over(file_problems(samples), say)
+        if config.test.broken == "refuse":
+            check_files(tested)
         _, self.prompts, per_step, description = choose_prompts(config, self.classes)
         if per_step > len(self.prompts):
             raise ValueError(
@@ -169,12 +168,20 @@ class _Training:
         self.saved = first
 
         self.loader = train_loader(
-            TrainDataset(samples, config.model.frames, config.augment, seed=config.seed, cache=config.data.cache),
+            TrainDataset(
+                samples,
+                config.model.frames,
+                config.augment,
+                seed=config.seed,
+                cache=config.data.cache,
+                skip_broken=self.skip,
+            ),
             settings.batch_size // shares,
             num_workers=config.data.num_workers,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            stream=videos.kind == "shards",
         )
         self.middle = _test_loader(config, tested, accelerator, clips=1, crops=1)
         self.per_epoch = len(self.loader) // settings.accumulate
@@ -193,15 +200,18 @@ class _Training:
         )
         say(_describe_engine(config, accelerator, self.per_epoch))
 
-    def _list(self, name: str) -> list[Sample]:
+    def _videos(self, name: str) -> VideoList:
         data = self.config.data
-        samples = read_list(getattr(data, f"{name}_list"), data.root, len(self.classes))
-        check_files(samples)
+        videos = read_videos(getattr(data, f"{name}_list"), data.root, self.classes)
         self.accelerator.print(
-            f"{name}: {len(samples)} of {len(samples)} videos found, {len(self.classes)} classes, "
-            f"list {list_hash(samples, data.root)}"
+            f"{name}: {len(videos.samples)} videos of {len(self.classes)} classes, {videos.kind} {videos.hash}"
         )
-        return samples
+        return videos
+
+    def _pass_over(self, problems: Sequence[tuple[str, str]], say: Callable[[str], object]) -> None:
+        """Name videos that are passed over, each once; raise where there are too many."""
+        for name, reason in self.broken.add(problems):
+            say(f"skipping {name}: {reason}")
 
     def loop(self, progress: str, bar_position: int | None) -> Run:
         """All steps that are left, with evaluations and checkpoints between them."""
@@ -240,11 +250,15 @@ class _Training:
             result = self.do_step(batches, stop=signals.requested)
             recent.append(result)
             bar.update()
+            self.replaced += len(result.errors)
+            self._pass_over(result.errors, bar.write)
             ends = state.step % self.per_epoch == 0
             if state.step % LOG_EVERY == 0 or ends:
                 self._log({"loss": result.loss, "lr": result.lr})
                 bar.set_postfix_str(_speed(recent, config.train.batch_size))
                 recent = []
+            if ends and self.skip:
+                self._count_broken(bar, f"{progress}, epoch {epoch + 1}")
             if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.total):
                 self._evaluate(bar, f"{progress}, epoch {epoch + 1}: loss {result.loss:.3f}")
             every = config.train.save_every
@@ -253,11 +267,22 @@ class _Training:
             if result.stop:
                 raise KeyboardInterrupt
 
+    def _count_broken(self, bar: Any, title: str) -> None:
+        """Say how many clips of an epoch were replaced."""
+        # the same for all processes, so that all stop or none
+        self.broken.add([problem for part in gather_object([list(self.broken.reasons.items())]) for problem in part])
+        replaced, self.replaced = sum(gather_object([self.replaced])), 0
+        bar.write(
+            f"{title}: {replaced} clips of broken videos were replaced; {len(self.broken.reasons)} of "
+            f"{self.broken.expected} videos are missing or broken"
+        )
+
     def _evaluate(self, bar: Any, title: str) -> None:
         """Evaluate the middle view, and keep the weights if they are the best."""
         state = self.state
         model = state.evaluated_model()
-        top1 = evaluate(model, self.middle, self.tokens, self.accelerator, progress=None).top(1)
+        broken = self.config.test.broken
+        top1 = evaluate(model, self.middle, self.tokens, self.accelerator, broken=broken, progress=None).top(1)
         self._log({"top1": top1})
         bar.write(f"{title}, top-1 of the middle view {top1:.3f}")
         if top1 > state.best:
@@ -303,14 +328,25 @@ class _Training:
             )
 
 
-def run_evaluation(config: Config, model: Claver, tokens: Tensor) -> Evaluation:
-    """Evaluate a model multi-view on the test list of a configuration."""
+def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
+    """Evaluate a model multi-view on the test list of a configuration; `classes` are those of `tokens (A, C, context)`,
+    by default of `data.labels`.
+
+    Raises:
+        ValueError: another number of classes than the texts have.
+        DatasetError: a list or files that are missing or broken, all of them named.
+    """
     accelerator = start_processes(config)
-    samples = read_list(config.data.test_list, config.data.root, tokens.shape[1])
-    check_files(samples)
+    classes = read_labels(config.data.labels) if classes is None else classes
+    if len(classes) != tokens.shape[1]:
+        raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
+    samples = read_videos(config.data.test_list, config.data.root, classes).samples
+    if config.test.broken == "refuse":
+        check_files(samples)
     loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
+    tokens = tokens.to(accelerator.device)
     with end_together(accelerator):
-        return evaluate(model.to(accelerator.device), loader, tokens.to(accelerator.device), accelerator)
+        return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
 
 
 def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator, *, clips: int, crops: int) -> Any:
@@ -330,7 +366,7 @@ def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator
 def _with_weights(path: str | Path, config: Config, model: Claver | None) -> Claver:
     """The model of a configuration, or the one that is given, with the weights of a checkpoint."""
     if model is None:
-        return load_model(path, config)[0]
+        return load_model(path, config, any_frames=True)[0]
     try:
         model.load_state_dict(load_checkpoint(path)["model"])
     except RuntimeError as error:

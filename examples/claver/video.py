@@ -24,6 +24,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from .tars import Member
+
 __all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe", "read_frames"]
 
 # Containers that store a presentation time with every packet and have an index to seek with.
@@ -42,7 +44,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` found in a video file.
+    """What `probe` found in a video, which is a file or a member of a tar file.
 
     `width` and `height` are pixels as displayed (after rotation), `duration` is seconds, the last frame's included, and
     `fps` is the mean frames per second, `num_frames / duration` (0 if the file gives no times).
@@ -51,7 +53,7 @@ class VideoInfo:
     decoding can start, increasing, empty if `timestamps` is None.
     """
 
-    path: str
+    path: str | Member
     num_frames: int
     fps: float
     width: int
@@ -79,7 +81,7 @@ class _Packets:
         return None not in times and len(set(times)) == len(times)
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: str | os.PathLike[str] | Member) -> VideoInfo:
     """Count the frames of a video file, exactly, and learn where decoding can start.
 
     Reads all packets and decodes one frame. Headers that state a number of frames are not trusted. Codecs and
@@ -89,7 +91,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         VideoError: the file is missing, empty, a directory, no video, damaged at its start, or truncated. A truncated
             MPEG transport stream, or an MP4 cut between two fragments, cannot be told from a shorter one.
     """
-    path = os.fspath(path)
+    path = path if isinstance(path, Member) else os.fspath(path)
     with _open(path) as (container, stream):
         first = next(_decode(container, stream), None)
     with _open(path) as (container, stream):
@@ -126,7 +128,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 
 def read_frames(
-    video: str | os.PathLike[str] | VideoInfo, indices: Iterable[int] | Sequence[int] | torch.Tensor
+    video: str | os.PathLike[str] | Member | VideoInfo, indices: Iterable[int] | Sequence[int] | torch.Tensor
 ) -> torch.Tensor:
     """Decode the frames at `indices`, in any order and with repeats, as uint8 RGB `(len(indices), H, W, 3)`.
 
@@ -268,20 +270,19 @@ def _quarter_turns(frame: VideoFrame) -> int:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _open(path: str | Member) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the video stream of a file; everything that PyAV raises inside becomes a `VideoError`."""
-    if not os.path.exists(path):
-        raise VideoError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise VideoError(f"{path}: is a {'directory' if os.path.isdir(path) else 'device or pipe'}, not a video file")
-    if not os.access(path, os.R_OK):
-        raise VideoError(f"{path}: no permission to read the file")
-    if os.path.getsize(path) == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes)")
-    container = None
+    _check_file(path)
+    container = file = None
     try:
+        file = None if isinstance(path, str) else path.open()
         # The protocol is named, so that a path with a colon is not taken for an address.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        container = av.open(
+            f"file:{path}" if file is None else file,
+            options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
+        assert isinstance(container, InputContainer)
         if _is(container, _NOT_A_VIDEO):
             raise VideoError(f"{path}: is not a video file (format {container.format.name})")
         streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
@@ -300,6 +301,25 @@ def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     finally:
         if container is not None:
             container.close()
+        if file is not None:
+            file.close()
+
+
+def _check_file(path: str | Member) -> None:
+    if isinstance(path, Member):
+        if path.data is None and not os.path.isfile(path.archive):
+            raise VideoError(f"{path}: the tar file is not there any more")
+        if path.size == 0:
+            raise VideoError(f"{path}: the file is empty (0 bytes)")
+        return
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise VideoError(f"{path}: is a {'directory' if os.path.isdir(path) else 'device or pipe'}, not a video file")
+    if not os.access(path, os.R_OK):
+        raise VideoError(f"{path}: no permission to read the file")
+    if os.path.getsize(path) == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes)")
 
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -335,9 +355,10 @@ def _span(times: Sequence[int | None]) -> int:
     return known[-1] - known[0] if known else 0
 
 
-def _check_complete(path: str, packets: _Packets | None = None, announced: int = 0) -> None:
+def _check_complete(path: str | Member, packets: _Packets | None = None, announced: int = 0) -> None:
     """Raise if the file ends before its container says that it does."""
-    size, declared = os.path.getsize(path), _declared_size(path)
+    with open(path, "rb") if isinstance(path, str) else path.open() as file:
+        size, declared = file.seek(0, os.SEEK_END), _declared_size(file)
     cut = packets is not None and packets.cut
     if declared <= size and not cut:
         return
@@ -350,17 +371,17 @@ def _check_complete(path: str, packets: _Packets | None = None, announced: int =
     raise VideoError(f"{path}: the file is {what} ({', '.join(reasons)})")
 
 
-def _declared_size(path: str) -> int:
+def _declared_size(file: BinaryIO) -> int:
     """The least number of bytes that the outermost structure of an MP4, Matroska or AVI file asks for; 0 if unknown."""
-    with open(path, "rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            size = int.from_bytes(head[4:8], "little")
-            return size if size < 0xFFFFFFF0 else 0  # without its own header: some writers count that in
-        if head[:4] == b"\x1aE\xdf\xa3":
-            return _matroska_size(file)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-            return _mp4_size(file)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return size if size < 0xFFFFFFF0 else 0  # without its own header: some writers count that in
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return _matroska_size(file)
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        return _mp4_size(file)
     return 0
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
-from claver.config import Config, to_dict
+from claver.config import Config
 from claver.model import build_model
 from claver.official import from_official
+from claver.settings import to_dict
 from official_files import official_names
 from safetensors.torch import load_file, save_file
 from small import TEXT, VISION, small_model
@@ -94,8 +95,12 @@ def test_what_our_checkpoint_says_of_its_model_binds(tmp_path):
     with pytest.raises(CheckpointError, match=r"attention is 'kmct' there, 'causal' here.*window is 3 there, 2 here"):
         load_model(path, Config(model=dataclasses.replace(config.model, attention="causal", window=2)))
     load_model(path, Config(model=dataclasses.replace(config.model, window=2)), force=True)
-    with pytest.warns(UserWarning, match="on 4 frames and gets 6: its time is relative"):
-        load_model(path, Config(model=dataclasses.replace(config.model, frames=6)))
+    longer = Config(model=dataclasses.replace(config.model, frames=6))
+    with pytest.raises(CheckpointError, match=r"model\.frames is 4 there, 6 here"):
+        load_model(path, longer)
+    for option in ("force", "any_frames"):
+        with pytest.warns(UserWarning, match="on 4 frames and gets 6: no weight of it is of time"):
+            load_model(path, longer, **{option: True})
 
 
 def test_the_outputs_of_a_stored_model_do_not_change():

@@ -1,19 +1,21 @@
 """A configuration is what its file says, or an error that says what is wrong with it."""
 
+import dataclasses
 import re
-from pathlib import Path
 
+import claver_k400
 import pytest
-from claver.config import Config, from_dict, load_config, to_dict
-
-CONFIGS = Path(__file__).parents[2] / "examples" / "claver" / "configs"
+from claver.augment import AugmentConfig
+from claver.config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
+from claver.settings import from_dict, load_config, settings_of, to_dict
+from docstring_parser import parse as parse_docstring
 
 
 @pytest.mark.parametrize(
     "name", [f"k400_{model}_{frames}f" for model in ("b32", "b16", "l14") for frames in (8, 16, 32)]
 )
 def test_the_files_for_kinetics_400_are_the_authors_settings(name):
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = load_config(name)
     model, frames = re.fullmatch(r"k400_(\w+)_(\d+)f", name).groups()
     assert config.model.name == {"b32": "ViT-B-32", "b16": "ViT-B-16", "l14": "ViT-L-14"}[model]
     assert config.model.frames == int(frames)
@@ -40,7 +42,13 @@ def test_overrides_and_numbers_without_a_point(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train: {lr: 1e-5}\n")
     config = load_config(
-        file, ["model.frames=16", "data.root=/videos", "train.weight_decay=0", "augment.scales=[1, 0.5]"]
+        file,
+        {
+            "model": {"frames": 16},
+            "data": {"root": "/videos"},
+            "train": {"weight_decay": 0},
+            "augment": {"scales": [1, 0.5]},
+        },
     )
     assert (config.train.lr, config.model.frames, config.data.root, config.train.weight_decay) == (
         1e-5,
@@ -65,9 +73,11 @@ def test_a_window_and_each_temporal_embedding_round_trip(tmp_path, embedding):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {learning_rate: 1}", "unknown learning_rate; known are epochs, batch_size"),
-        ("trian: {}", "unknown trian; known are run_dir, seed, data"),
-        ("train: {epochs: many}", "epochs must be int, not 'many'"),
+        ("train: {learning_rates: 1}", "unknown setting train.learning_rates"),
+        ("train: {batch_sise: 1}", "unknown setting train.batch_sise (did you mean train.batch_size?)"),
+        ("lr: 1", "unknown setting lr (did you mean train.lr?)"),
+        ("trian: {}", "unknown setting trian (did you mean train?)"),
+        ("train: {epochs: many}", "train.epochs must be int, not 'many'"),
         ("train: {epochs: 0}", "train.epochs must be at least 1"),
         ("train: {tune: head}", "train.tune must be one of full, temporal"),
         ("train: {lr: -1}", "train.lr must be in (0, inf), not -1.0"),
@@ -90,32 +100,55 @@ def test_a_window_and_each_temporal_embedding_round_trip(tmp_path, embedding):
         ("train: {keep: 0}", "train.keep must be at least 1, not 0"),
         ("train: {trackers: [tensorboard, tensorboard]}", "train.trackers must be different names"),
         ("train: {precision: fp8}", "train.precision must be one of"),
-        ("train: 3", "expected a mapping"),
-        ("- 1", "expected a mapping"),
+        ("train: 3", "train must be a mapping of epochs, batch_size"),
+        ("- 1", "expected a mapping of run_dir, seed, data"),
         ("a: [", "not a readable YAML file"),
         ("augment: {flip: 2}", "flip is a probability"),
+        ("data: {kinds: scene}", "data.kinds must be a list such as [scene], not 'scene'"),
+        ("test: {crops: 2}", "test.crops must be 1 (the centre) or 3"),
+        ("test: {clips: 0}", "test.clips must be at least 1, not 0"),
+        ("model: {frames: 0}", "model.frames must be at least 1, not 0"),
+        ("model: {vision: {layers: 2}}", "model.pretrained is 'openai', but model.vision makes a model of its own"),
+        ("model: {text: {layers: 2}}", "model.text is of a model of one's own: give model.vision too"),
+        (
+            "model: {temporal_embedding: rotary, temporal_std: 1}",
+            "model.temporal_std is of a learned temporal embedding",
+        ),
         ("model: {temporal_embedding: rotari}", "temporal_embedding must be one of true, false, rotary, not 'rotari'"),
-        ("model: {temporal_embedding: 3}", "temporal_embedding must be bool or str, not 3"),
-        ("model: {temporal_embedding: null}", "temporal_embedding must be bool or str, not None"),
+        ("model: {temporal_embedding: 3}", "temporal_embedding must be bool | str, not '3'"),
+        ("model: {temporal_embedding: null}", "temporal_embedding must be one of true, false, rotary, not None"),
         ("model: {window: 8}", "model.window and model.sink are of attention causal and kmct, not of kmt"),
         (
             "model: {attention: joint, sink: 1}",
             "model.window and model.sink are of attention causal and kmct, not of joint",
         ),
         ("model: {attention: kmct, window: 0}", "model.window must be at least 1 frame, not 0"),
-        ("model: {attention: kmct, window: true}", "window must be int, not True"),
+        ("model: {attention: kmct, window: true}", "model.window must be int | None, not True"),
         ("model: {attention: kmct, window: 8, sink: -1}", "model.sink must be at least 0 frames, not -1"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_config(file)
+    assert str(file) in str(error.value)
 
 
-def test_a_missing_file_and_a_bad_override_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+def test_a_missing_file_is_refused_with_the_nearest_that_is_shipped(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such configuration"):
         load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(ValueError, match=r"section\.key=value"):
-        load_config(CONFIGS / "k400_b32_8f.yaml", ["train.epochs"])
+    with pytest.raises(ValueError, match=re.escape("k400_b16_8: no such configuration (did you mean k400_b16_8f?)")):
+        load_config("k400_b16_8")
+
+
+def test_every_setting_and_every_option_is_explained(capsys):
+    """What `--help` prints is what the docstrings say: none is without words, none explains what is not there."""
+    for kind in (Config, DataConfig, ModelConfig, AugmentConfig, TrainConfig, TestConfig):
+        explained = {item.arg_name for item in parse_docstring(kind.__doc__).params if item.description}
+        assert explained == {item.name for item in dataclasses.fields(kind)}, kind.__name__
+    with pytest.raises(SystemExit):
+        claver_k400.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in settings_of():
+        assert f"--{name} " in printed, name

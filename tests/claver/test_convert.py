@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint, load_model
-from claver.config import Config, DataConfig, to_dict
+from claver.config import Config, DataConfig
 from claver.convert import convert
 from claver.model import build_model
 from claver.prompt_choice import choose_prompts_of_checkpoint
+from claver.settings import to_dict
 from official_files import official_config, official_names, write_official
 from safetensors.torch import load_file
 from small import TEXT, small_model

@@ -9,9 +9,10 @@ import warnings
 import pytest
 import torch
 from claver.checkpoint import CheckpointError, load_checkpoint, load_model
-from claver.config import Config, from_dict
+from claver.config import Config
 from claver.model import build_model
 from claver.official import IMAGENET_MEAN, describe_official, find_settings, read_pickle
+from claver.settings import from_dict
 from official_files import official_config, official_names, write_official
 from small import small_model
 
@@ -152,14 +153,16 @@ def test_the_authors_models_are_known_by_their_sizes(arch, name, width, layers, 
     assert (found.augment.size, found.augment.short_side) == (image, {224: 256, 336: 384}[image])
 
 
-def test_other_frames_are_interpolated_and_said(tmp_path, state, kmct):
+def test_other_frames_are_refused_or_interpolated_and_said(tmp_path, state, kmct):
     path = write_official(tmp_path / "o.pth", state, official_config())
     config = Config(model=small_model(vision=VISION, text=TEXT, attention="kmct", frames=8))
     with pytest.warns(
         UserWarning, match=r"o\.pth: was trained on 4 frames and gets 8: its temporal embedding is inter"
     ):
-        model, _ = load_model(path, config)
+        model, _ = load_model(path, config, force=True)
     assert model.clip.visual.temporal_encoder.embedding.weight.shape[1] == 8
+    with pytest.raises(CheckpointError, match=r"model\.frames is 4 there, 8 here"):
+        load_model(path, config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(path)

@@ -9,7 +9,7 @@ import claver_k400
 import pytest
 from chat_server import entry_for
 from claver.checkpoint import load_checkpoint, save_checkpoint
-from claver.config import Config, DataConfig, from_dict, load_config, to_dict
+from claver.config import Config, DataConfig
 from claver.data import DatasetError
 from claver.demo import demo_config
 from claver.model import build_model
@@ -17,6 +17,7 @@ from claver.motions import MOTIONS, MotionDataset
 from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
 from claver.prompt_files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
 from claver.prompts import ACTION_TEMPLATES, KINDS, OBJECT_TEMPLATES, build_prompts, clean_class_name
+from claver.settings import from_dict, load_config, to_dict
 from claver.train import train
 from small import small_config
 
@@ -113,12 +114,11 @@ def test_wrong_kinds_and_numbers_are_refused(data, message):
 
 
 def test_the_settings_are_those_of_the_command_line():
-    path = Path(claver_k400.CONFIGS) / "k400_b16_8f.yaml"
-    config = load_config(path, ["data.prompts=names"])
+    config = load_config("k400_b16_8f", {"data": {"prompts": "names"}})
     assert choose_prompts(config, K400).per_step == 1
-    config = load_config(path, ["data.kinds=[scene]", "data.per_kind=1"])
+    config = load_config("k400_b16_8f", {"data": {"kinds": ["scene"], "per_kind": 1}})
     assert len(choose_prompts(config, K400).prompts) == 17
-    assert choose_prompts(load_config(path), K400).per_step == 5
+    assert choose_prompts(load_config("k400_b16_8f"), K400).per_step == 5
 
 
 @pytest.fixture(scope="module")
@@ -143,22 +143,24 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     assert len(load_checkpoint(checkpoint)["prompts"]) == 36
 
     assert claver_k400.main(["eval", "--checkpoint", checkpoint]) == 0
-    assert "texts of 8 classes: the 36 of its training" in capsys.readouterr().out
-    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", "data.prompts=names"]) == 0
-    assert "texts of 8 classes: the class names alone" in capsys.readouterr().out
-    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", "data.kinds=[scene]"]) == 0
-    assert "16 templates and 5 sentences (5 scene)" in capsys.readouterr().out
+    assert "texts of 8 classes: the 36 of its training" in capsys.readouterr().err
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.prompts=names"]) == 0
+    assert "texts of 8 classes: the class names alone" in capsys.readouterr().err
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.kinds=[scene]"]) == 0
+    assert "16 templates and 5 sentences (5 scene)" in capsys.readouterr().err
 
     other = tmp_path / "labels.csv"  # zero-shot: other classes bring other texts
     with other.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "name"), *enumerate(shipped_classes("ucf101"))])
-    assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--set", f"data.labels={other}"]) == 0
-    printed = capsys.readouterr().out
-    assert "texts of 101 classes: 16 templates and 20 sentences" in printed
-    assert json.loads(printed.splitlines()[-1])["videos"] == 8
+    assert claver_k400.main(["eval", "--checkpoint", checkpoint, f"--data.labels={other}"]) == 0
+    printed = capsys.readouterr()
+    assert "texts of 101 classes: 16 templates and 20 sentences" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["videos"] == 8
 
     video = f"{config.data.root}/videos/test_00000.mp4"
-    assert claver_k400.main(["predict", "--checkpoint", checkpoint, "--labels", str(other), "--top", "101", video]) == 0
+    assert (
+        claver_k400.main(["predict", "--checkpoint", checkpoint, f"--data.labels={other}", "--top", "101", video]) == 0
+    )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 102
     assert "texts of 101 classes: 16 templates and 20 sentences" in printed.err
@@ -208,14 +210,14 @@ def test_prediction_of_other_classes_keeps_names_and_templates_but_no_sentences_
     save_checkpoint(checkpoint, build_model(config.model), config, classes, build_prompts(classes, ["{}"]))
     labels.write_text("id,name\n0,archery\n1,zumba\n")
     video = f"{config.data.root}/videos/test_00000.mp4"
-    command = ["predict", "--checkpoint", str(checkpoint), "--labels", str(labels), video]
+    command = ["predict", "--checkpoint", str(checkpoint), f"--data.labels={labels}", video]
 
     def texts(*options):
         assert claver_k400.main([*command, *options]) == 0
         return capsys.readouterr().err
 
     assert "the class names alone" in texts()
-    assert "20 sentences" in texts("--set", "data.prompts=kinetics400")
+    assert "20 sentences" in texts("--data.prompts=kinetics400")
     file = tmp_path / "c.yaml"
     for prompts, said in (("templates", "16 templates\n"), ("hmdb51", "of the shipped set kinetics400")):
         values = to_dict(config) | {"data": to_dict(config)["data"] | {"prompts": prompts}}

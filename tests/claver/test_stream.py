@@ -17,9 +17,10 @@ from claver import sources
 from claver.annotate import AnnotatedVideo, annotate
 from claver.augment import AugmentConfig, crop_views
 from claver.checkpoint import load_model, save_checkpoint
-from claver.config import Config
-from claver.evaluate import class_probabilities, encode_prompts, predict_files
+from claver.config import Config, TestConfig
+from claver.evaluate import class_probabilities, encode_prompts
 from claver.model import build_model
+from claver.predict import predictions
 from claver.sources import Source, natural_order, open_source, read_image
 from claver.streaming import StreamClassifier
 from claver.train import tokens_of
@@ -95,7 +96,9 @@ def test_a_streamed_clip_has_the_probabilities_of_the_whole_clip(checkpoint):
 
 def test_a_streamed_file_has_the_probabilities_of_its_evaluation(checkpoint, video, capsys):
     model, _ = load_model(checkpoint)
-    expected = predict_files(model, [video], tokens_of(PROMPTS, model), FRAMES, AUGMENT, clips=1, crops=1)[0]
+    config = Config(model=small_model(frames=FRAMES), augment=AUGMENT, test=TestConfig(clips=1, crops=1))
+    text = encode_prompts(model, tokens_of(PROMPTS, model))
+    [(_, expected)] = predictions(model, [video], text, config)
     records = stream_json(capsys, video, "--checkpoint", checkpoint, "--top", "9")
     assert [record["frame"] for record in records] == [1, 4, 7, 10]  # the middles of four quarters
     assert probabilities_in(records[-1]) == pytest.approx(expected.tolist(), abs=1e-5)
