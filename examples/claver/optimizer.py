@@ -32,14 +32,14 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
 
     Then the last block of a tower, and what follows it, has the learning rate of the group, and each block below has
     `layer_decay` times that of the one above; the embeddings are one more block at the bottom. Temporal parameters keep theirs.
+    With `decay="official"`, all parameters decay but one-dimensional ones and position embeddings (the authors' code): so do
+    the temporal embedding and the logit scale.
     A group also has its `scale`, the factor that this gives, by which the schedule's minimum is to be scaled.
 
     Raises:
         ValueError: `layer_decay` for a model whose blocks are not found by their names.
     """
-    groups = param_groups(
-        model, lr=settings.lr, temporal_lr_mult=settings.temporal_lr_mult, weight_decay=settings.weight_decay
-    )
+    groups = _decaying_groups(model, settings)
     if settings.layer_decay is None:
         return [group | {"scale": 1.0} for group in groups]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -63,6 +63,24 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
             own = group | {"name": name, "params": [], "lr": group["lr"] * scale, "scale": scale}
             split.setdefault((group["name"], below), own)["params"].append(parameter)
     return list(split.values())
+
+
+def _decaying_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:
+    """The groups of `kronmask.param_groups` under the weight decay of `settings`."""
+    lr, factor = settings.lr, settings.temporal_lr_mult
+    groups = param_groups(model, lr=lr, temporal_lr_mult=factor, weight_decay=settings.weight_decay)
+    if settings.decay == "usual":
+        return groups
+    kept = {id(p) for name, p in model.named_parameters() if p.ndim == 1 or "positional_embedding" in name}
+    by_name = {group["name"]: group for group in groups}
+    for name, group in list(by_name.items()):
+        decaying = [parameter for parameter in group["params"] if id(parameter) not in kept]
+        if name.endswith("_no_decay") and decaying:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+            partner = name.removesuffix("_no_decay")
+            by_name.setdefault(partner, group | {"name": partner, "params": [], "weight_decay": settings.weight_decay})
+            by_name[partner]["params"] += decaying
+    return [group for group in by_name.values() if group["params"]]
 
 
 _BLOCK = re.compile(r"(?:^|\.)(resblocks|blocks|layers?)\.(\d+)\.")

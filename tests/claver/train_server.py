@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claver.config import Config, to_dict
+from claver.config import Config
+from claver.settings import to_dict
 
 FOLDERS = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent)]
 
@@ -90,7 +91,7 @@ def _train(
         evaluate: a file for what the model then says of the test videos.
         nan_at: a backward pass, from 1, whose loss is not a number.
     """
-    from claver.config import from_dict
+    from claver.settings import from_dict
     from claver.train import Stopped, run_evaluation, train
 
     os.setpgrp()
