@@ -234,6 +234,10 @@ class TrainConfig:
         _within("train.ema", self.ema, "(0, 1)")
         for beta in self.betas:
             _within("train.betas", beta, "[0, 1)")
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError(
+                "train.fsdp is for train.precision no or bf16: the scale of fp16's loss is one process's own"
+            )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"train.trackers must be different names, not {list(self.trackers)}")
 

@@ -134,10 +134,12 @@ def torch_defaults(module: nn.Module) -> None:
 
 
 def freeze(model: Claver, tune: str) -> None:
-    """`tune="temporal"` leaves only the temporal parameters to be trained; `"full"` leaves all, the text tower included."""
+    """Leave to be trained: `"full"` all, the text tower included; `"vision"` the image tower with its temporal parameters;
+    `"temporal"` these alone."""
     temporal = set(temporal_parameters(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(tune == "full" or name in temporal)
+        part = name in temporal or (tune == "vision" and ".visual." in name)
+        parameter.requires_grad_(tune == "full" or part)
 
 
 def describe_trained(model: Claver) -> str:

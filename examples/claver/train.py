@@ -78,7 +78,7 @@ def train(
         Stopped: by Ctrl-C or SIGTERM, after a checkpoint of the last whole step.
         ProcessError: another process of the run failed.
     """
-    accelerator = start_processes(config, trackers=True)
+    accelerator = start_processes(config, training=True)
     with end_together(accelerator):
         prepared = prepare(config, accelerator, model=model, init_from=init_from, resume=resume, overwrite=overwrite)
         return _Loop(config, accelerator, prepared, progress).run(bar_position)
