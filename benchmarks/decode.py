@@ -33,7 +33,7 @@ from tqdm import tqdm
 __all__ = ["READERS", "main"]
 
 FRAMES, WIDTH, HEIGHT = 300, 340, 256
-SHORT = 60  # frames of the file that is read over and over
+SHORT = 16  # frames of the file that is read over and over
 TAKEN = 8
 KEYFRAMES = 250  # x264's own distance
 COLORS = {"kronmask": "#0072b2", "torchcodec": "#d55e00", "torchcodec, approximate": "#e69f00", "OpenCV": "#009e73",
@@ -44,7 +44,7 @@ CONVENTIONS = {
     "right_frames": "share of the frames that are nearest to the frame of that number in a plain decode by PyAV",
     "difference": "largest difference of an RGB value, 0 to 255, to that frame, where the frame is the right one",
     "refused": "whether reading the broken file is an error",
-    "resident_bytes": "of a process that has read 8 frames of a file of 60 so many times",
+    "resident_bytes": "of a process that has read 8 frames of a file of 16 so many times",
 }
 
 Reader = Callable[[str, Sequence[int]], np.ndarray]

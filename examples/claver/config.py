@@ -220,12 +220,11 @@ class TrainConfig:
         _choice("train.decay", self.decay, ("usual", "official"))
         if self.classes_per_step is not None and self.classes_per_step < 2:
             raise ValueError(f"train.classes_per_step must be at least 2, or null for all, not {self.classes_per_step}")
-        _within("train.max_logit_scale", self.max_logit_scale, "(0, inf)")
         for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every", "save_every", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {value}")
-        for name in ("lr", "eps", "timeout", "max_grad_norm"):
+        for name in ("lr", "eps", "timeout", "max_grad_norm", "max_logit_scale"):
             _within(f"train.{name}", getattr(self, name), "(0, inf)")
         for name in ("temporal_lr_mult", "warmup_epochs", "weight_decay"):
             _within(f"train.{name}", getattr(self, name), "[0, inf)")

@@ -14,6 +14,7 @@ from .config import Config
 from .files import replace_file
 from .model import Claver
 from .prompt_files import DATASETS, known_dataset, read_prompt_file, shipped_file
+from .run_folder import BEST
 from .settings import from_dict, to_dict
 
 __all__ = ["fetch", "from_pretrained", "model_card", "push", "save_pretrained"]
@@ -124,6 +125,8 @@ def push(
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     """The file of weights that a name stands for: a file itself, that of a folder, or of `hf://owner/name`, which is downloaded.
 
+    A folder is one of `save_pretrained`, or of a run, whose best weights are taken.
+
     Raises:
         CheckpointError: the Hub has none or cannot be reached, or the folder has none.
     """
@@ -133,9 +136,10 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         return _download(text.removeprefix(SCHEME), WEIGHTS, revision)
     if not Path(name).is_dir():
         return Path(name)
-    if not (Path(name) / WEIGHTS).exists():
-        raise CheckpointError(f"{name}: a folder without {WEIGHTS}")
-    return Path(name) / WEIGHTS
+    for file in (WEIGHTS, BEST):
+        if (Path(name) / file).exists():
+            return Path(name) / file
+    raise CheckpointError(f"{name}: a folder without {WEIGHTS} or {BEST}")
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Claver:

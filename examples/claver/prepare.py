@@ -113,8 +113,8 @@ def prepare(
 
     clips = settings.batch_size // shares
     tokens = tokens_of(prompts, model).to(accelerator.device)
-    texts = TrainingTexts(
-        model.to(accelerator.device),
+    texts = TrainingTexts(  # now, while a tower that is not trained, and is used here, is in one piece
+        model,
         tokens,
         accelerator,
         per_step=per_step,
@@ -123,9 +123,6 @@ def prepare(
         one_group=settings.fsdp,
     )
     say(texts.describe((clips, config.model.frames, 3, config.augment.size, config.augment.size)))
-    if texts.frozen:
-        with accelerator.autocast():
-            texts.encode_frozen()  # now, while the tower is in one piece
     state = TrainState(config, model, accelerator)
     if saved is not None and first is not None:
         state.load_state_dict(saved, first)

@@ -57,7 +57,7 @@ class TrainStep:
         config: of the run.
         state: what the steps change.
         accelerator: the processes.
-        texts: of the run.
+        texts: the prompts of the run, which are drawn anew each step.
         samples: the training list, for the names of files.
         total: steps of the whole run.
         warmup: steps of its warm-up.
@@ -88,13 +88,13 @@ class TrainStep:
         generator = torch.Generator().manual_seed(hash((config.seed, state.step)) % 2**63)
         # whatever else draws, such as dropout, draws the same after a resume
         torch.manual_seed(hash((config.seed, state.step, accelerator.process_index)) % 2**63)
-        drawn = self.texts.draw(generator)
+        prompts = self.texts.draw(generator)
         for group, (base, minimum) in zip(state.optimizer.param_groups, state.rates, strict=True):
             group["lr"] = learning_rate(state.step, self.total, self.warmup, base, minimum)
         losses, indices, errors = [], [], []
         for micro_batch in range(config.train.accumulate):
             if micro_batch and config.train.draws == "microbatch":
-                drawn = self.texts.draw(generator)
+                prompts = self.texts.draw(generator)
             asked = time.perf_counter()
             batch = next(batches)
             waiting += time.perf_counter() - asked
@@ -108,7 +108,7 @@ class TrainStep:
                 if config.train.fsdp:
                     state.runner.set_requires_gradient_sync(accelerator.sync_gradients)  # type: ignore[operator]
                 with accelerator.autocast():
-                    logits = state.runner(video, self.texts.of(drawn, classes))
+                    logits = state.runner(video, self.texts.of(prompts, classes))
                 loss = contrastive_loss(logits, target)
                 losses.append(loss.detach())
                 accelerator.backward(loss)

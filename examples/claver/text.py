@@ -85,7 +85,7 @@ class TrainingTexts:
     """The prompts of a run `(A, C, context)`, and those of each of its steps.
 
     Args:
-        model: whose text tower encodes them; not wrapped. It may get its weights later, before the first step.
+        model: whose text tower encodes them, with its weights, and not wrapped: a tower that is not trained does it here.
         tokens: on the device of the training.
         accelerator: the processes, which share the texts.
         per_step: K, prompts of each class in a step.
@@ -114,6 +114,10 @@ class TrainingTexts:
         self.cut = _can_cut(model.clip)
         self.frozen = not any(parameter.requires_grad for parameter in _text_parameters(model.clip))
         self._features: Tensor | None = None
+        if self.frozen:
+            model.to(tokens.device)
+            with accelerator.autocast():  # as a step would
+                self._features = encode_prompts(model, tokens)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Prompts `(processes, K)` of a step, or of a micro-batch; `generator` must be in the same state on all processes."""
@@ -160,10 +164,10 @@ class TrainingTexts:
         )
 
     def of(self, prompts: Tensor, classes: Tensor) -> StepTexts | FrozenTexts:
-        """The texts of a step, for `Claver.forward`: of `draw` and `draw_classes`. Call it under the autocast of the step."""
+        """The texts of a step, for `Claver.forward`: of `draw` and `draw_classes`."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if self.frozen:
-            return FrozenTexts(self.encode_frozen()[prompts[rank].to(self.tokens.device)][:, classes])
+        if self._features is not None:
+            return FrozenTexts(self._features[prompts[rank].to(self.tokens.device)][:, classes])
         drawn, own = prompts.unique(return_inverse=True)  # of all processes: what several have drawn is encoded once
         texts = (drawn[:, None] * self.tokens.shape[1] + classes.cpu()).flatten()
         share, places = share_texts(self.lengths[texts], ranks, rank)
@@ -173,12 +177,6 @@ class TrainingTexts:
             self.cut,
             shared=ranks > 1,
         )
-
-    def encode_frozen(self) -> Tensor:
-        """Features `(A, C, E)` of all prompts by a tower that is not trained: encoded at the first call."""
-        if self._features is None:
-            self._features = encode_prompts(self.model, self.tokens)
-        return self._features
 
 
 @torch.no_grad()

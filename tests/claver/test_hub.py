@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from claver.checkpoint import CheckpointError, load_checkpoint
+from claver.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from claver.config import Config, DataConfig
 from claver.hub import CARD, CONFIG, WEIGHTS, fetch, from_pretrained, push, save_pretrained
 from claver.model import Claver, build_model
@@ -162,8 +162,15 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(model, hub, mo
 def test_models_that_are_not_there_are_named(tmp_path, hub):
     with pytest.raises(CheckpointError, match=r"me/nothing: no config\.json of it can be had \(404"):
         from_pretrained("me/nothing")
-    with pytest.raises(CheckpointError, match=r"a folder without model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"a folder without model\.safetensors or best\.safetensors"):
         from_pretrained(tmp_path)
+
+
+def test_a_run_gives_its_best_weights(tmp_path, model):
+    save_checkpoint(tmp_path / "best.safetensors", model, CONFIGURATION, list(MOTIONS), PROMPTS)
+    assert fetch(tmp_path) == tmp_path / "best.safetensors"
+    assert fetch(tmp_path / "best.safetensors") == tmp_path / "best.safetensors"
+    assert from_pretrained(tmp_path).config == CONFIGURATION
 
 
 def test_a_config_json_that_was_changed_is_refused_as_it_would_not_act(tmp_path, model):
