@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .augment import AugmentConfig
-from .prompts import KINDS
+from .prompts import KINDS, TEMPLATES
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "by_split"]
 
@@ -32,7 +32,8 @@ class DataConfig:
             the bare class names the only texts.
         kinds: of sentences, some of decomposition, body_parts, synonyms, scene; null for all that the file has.
         per_kind: sentences of each kind, the first ones; null for all.
-        templates: each with {} for the class name; null for the 16 templates for actions.
+        templates: gerund (a person is {}), neutral (fit any class name), official (the authors'), or a list, each with {} for the
+            class name; null for gerund if most class names have one (running), else neutral.
         num_workers: processes that decode videos, for each process that trains.
         cache: keep decoded frames in memory: for small sets, with num_workers 0.
         broken: training videos that cannot be read: refuse; or skip, and others take their places, and they are named.
@@ -47,7 +48,7 @@ class DataConfig:
     prompts: str | None = "auto"
     kinds: tuple[str, ...] | None = None
     per_kind: int | None = None
-    templates: tuple[str, ...] | None = None
+    templates: str | tuple[str, ...] | None = None
     num_workers: int = 8
     cache: bool = False
     broken: str = "refuse"
@@ -71,6 +72,8 @@ class DataConfig:
             _choice("data.kinds", kind, KINDS)
         if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
             raise ValueError(f"data.kinds must be one or more different kinds, not {list(self.kinds)}")
+        if isinstance(self.templates, str):
+            _choice("data.templates", self.templates, tuple(TEMPLATES), " or a list")
         if self.per_kind is not None and self.per_kind < 1:
             raise ValueError(f"data.per_kind must be at least 1, not {self.per_kind}")
 
@@ -92,7 +95,7 @@ class ModelConfig:
         sink: first frames that are seen beyond the window.
         placement: append, interleave or replace, see patch_vit.
         layers: temporal blocks; null for a third of the image blocks.
-        init: of temporal blocks: random, zero or copy.
+        init: of temporal blocks: random (as CLIP's blocks), torch (as torch's layers, which the authors do), zero or copy.
         temporal_embedding: true for a learned vector for each frame, false for none, or rotary.
         position_std: of the initial positions, for training from scratch, where CLIP's small values take long to grow.
         temporal_std: of the initial temporal embedding; null for the paper's.
@@ -164,12 +167,18 @@ class TrainConfig:
         layer_decay: factor on it for each block of a tower below its last, such as 0.75; null for none.
         min_lr_ratio: of the last to the first learning rate of the cosine.
         warmup_epochs: epochs in which the learning rate rises from 0.
-        weight_decay: of matrices; biases, norms and positions have none.
+        weight_decay: of matrices; biases, norms and positions have none, see decay.
         betas: of AdamW.
         eps: of AdamW.
         max_grad_norm: to which gradients are cut; null for any.
         ema: decay each step of the average of the weights that is evaluated, such as 0.9998; null for no average.
         prompts_per_step: texts of each class that are drawn anew each step.
+        draws: step (different texts, for all micro-batches and processes of a step) or microbatch (each draws its own, with
+            replacement, as the authors' code does).
+        classes_per_step: classes of the loss, those of the clips and others at random; null for all.
+        decay: which parameters have weight decay: usual (matrices) or official (the authors' rule: also the temporal embedding
+            and the logit scale).
+        max_logit_scale: bound of the logits' scale, CLIP's own by default; null for none.
         tune: full; or vision, and the text tower stays frozen; or temporal, and the image tower does, too.
         precision: no (float32), fp16 or bf16.
         gradient_checkpointing: compute activations again instead of keeping them.
@@ -199,6 +208,10 @@ class TrainConfig:
     max_grad_norm: float | None = None
     ema: float | None = None
     prompts_per_step: int = 5
+    draws: str = "step"
+    classes_per_step: int | None = None
+    decay: str = "usual"
+    max_logit_scale: float | None = 100.0
     tune: str = "full"
     precision: str = "no"
     gradient_checkpointing: bool = False
@@ -213,21 +226,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choice("train.tune", self.tune, ("full", "temporal", "vision"))
         _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
+        _choice("train.draws", self.draws, ("step", "microbatch"))
+        _choice("train.decay", self.decay, ("usual", "official"))
+        if self.classes_per_step is not None and self.classes_per_step < 2:
+            raise ValueError(f"train.classes_per_step must be at least 2, or null for all, not {self.classes_per_step}")
         for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every", "save_every", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {value}")
-        for name in ("lr", "eps", "timeout", "max_grad_norm"):
+        for name in ("lr", "eps", "timeout", "max_grad_norm", "max_logit_scale"):
             _within(f"train.{name}", getattr(self, name), "(0, inf)")
         for name in ("temporal_lr_mult", "warmup_epochs", "weight_decay"):
             _within(f"train.{name}", getattr(self, name), "[0, inf)")
         _within("train.min_lr_ratio", self.min_lr_ratio, "[0, 1]")
         _within("train.layer_decay", self.layer_decay, "(0, 1]")
         _within("train.ema", self.ema, "(0, 1)")
-        if len(self.betas) != 2:
-            raise ValueError(f"train.betas must be two numbers, not {list(self.betas)}")
         for beta in self.betas:
             _within("train.betas", beta, "[0, 1)")
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError(
+                "train.fsdp is for train.precision no or bf16: the scale of fp16's loss is one process's own"
+            )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"train.trackers must be different names, not {list(self.trackers)}")
 
@@ -297,9 +316,9 @@ def by_split(config: Config) -> dict[str, Config]:
     return found
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: str, choices: tuple[str, ...], others: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}{others}, not {value!r}")
 
 
 def _within(name: str, value: float | None, interval: str) -> None:

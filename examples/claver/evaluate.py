@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .data import TestDataset, broken_files
 from .model import Claver
+from .text import encode_prompts
 
 __all__ = [
     "Evaluation",
@@ -67,14 +68,6 @@ class Evaluation:
         classes = self.probabilities.shape[1]
         cells = (self.labels * classes + self.probabilities.argmax(1))[self.readable]
         return torch.bincount(cells, minlength=classes**2).view(classes, classes)
-
-
-@torch.no_grad()
-def encode_prompts(model: Claver, tokens: Tensor, batch_size: int = 512) -> Tensor:
-    """Text features `(A, C, E)` of prompts `(A, C, context)`: once, not for each video."""
-    device = next(model.parameters()).device
-    features = [model.encode_text(part.to(device)[None])[0] for part in tokens.flatten(0, 1).split(batch_size)]
-    return torch.cat(features).unflatten(0, tokens.shape[:2])
 
 
 @torch.no_grad()

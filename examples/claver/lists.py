@@ -44,7 +44,7 @@ class DatasetError(ValueError):
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[str]:
-    """Class names in the order of their ids, from a CSV file whose first columns are `id,name`.
+    """Class names in the order of their ids, from a CSV file whose first columns are `id,name`, or `id;name`.
 
     Raises:
         DatasetError: another header, a malformed line, a repeated name, or ids that are not 0, 1, ... once each.
@@ -133,9 +133,11 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
 def csv_rows(path: str | os.PathLike[str], columns: list[str], *, further: bool = False) -> list[tuple[int, list[str]]]:
     """The rows below the header, which must be `columns`, each with its line number.
 
-    With `further` there may be more columns after these; they are cut off from the rows that have them all.
+    With `further` there may be more columns after these; they are cut off from the rows that have them all. Between columns is
+    a comma, or a semicolon if the header has it.
     """
-    reader = csv.reader(_lines(path))
+    lines = _lines(path)
+    reader = csv.reader(lines, delimiter=";" if lines[0].replace(" ", "").startswith(";".join(columns)) else ",")
     header = [name.strip() for name in next(reader, [])]
     if (header[: len(columns)] if further else header) != columns:
         raise DatasetError(f"{path}: the first line must be {','.join(columns)}, got {','.join(header)!r}")

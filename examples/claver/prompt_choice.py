@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .config import Config, DataConfig
 from .data import read_labels
 from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
-from .prompts import ACTION_TEMPLATES, build_prompts
+from .prompts import build_prompts, choose_templates
 from .settings import to_dict
 
 __all__ = ["Choice", "choose_prompts", "choose_prompts_of_checkpoint", "choose_prompts_of_others"]
@@ -45,8 +45,8 @@ def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
     if asked == "names":
         _refuse_idle(data, "data.prompts = names", "templates", "kinds", "per_kind")
         return Choice(list(classes), build_prompts(classes, ["{}"]), 1, "the class names alone")
-    templates = ACTION_TEMPLATES if data.templates is None else data.templates
-    parts = [f"{len(templates)} templates"] if templates else []
+    templates, which = choose_templates(data.templates, classes)
+    parts = [f"{len(templates)} templates" + (f" ({which})" if which else "")] if templates else []
     path: str | Path | None = None
     origin = ""
     if asked in DATASETS:

@@ -61,6 +61,8 @@ def test_labels_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
     windows = tmp_path / "windows.csv"
     windows.write_bytes(b"\xef\xbb\xbfid,name\r\n0,a b\r\n1,c\r\n")
     assert read_labels(windows) == ["a b", "c"]
+    authors = write(tmp_path / "authors.csv", 'id;name\n0;hugging, not the baby\n1;"a; b"\n')
+    assert read_labels(authors) == ["hugging, not the baby", "a; b"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_labels_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
         ("id,name\n0,a,b\n", "line 2: expected id,name, got 3 fields"),
         ("id,name\n0\n", "line 2: expected id,name, got 1 fields"),
         ("id,name\n0,\n", "line 2: the name is empty"),
+        ("id;name\n0,a\n", "line 2: expected id,name, got 1 fields"),
     ],
 )
 def test_a_wrong_label_file_is_an_error_with_the_line(text: str, reason: str, tmp_path: Path) -> None:

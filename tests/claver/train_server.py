@@ -91,7 +91,7 @@ def _train(
         evaluate: a file for what the model then says of the test videos.
         nan_at: a backward pass, from 1, whose loss is not a number.
     """
-    from claver.config import from_dict
+    from claver.settings import from_dict
     from claver.train import Stopped, run_evaluation, train
 
     os.setpgrp()
