@@ -71,6 +71,7 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
 
 
 def _decaying_officially(groups: list[dict[str, Any]], model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups under the rule of the authors' optimizer."""
     # a scalar such as logit_scale is a vector of one element in a sharded model
     kept = {
         id(parameter)

@@ -19,13 +19,14 @@ from .config import DataConfig
 from .evaluate import Evaluation
 from .files import replace_file
 from .hub import fetch
+from .lists import DatasetError, csv_rows
 from .model import Claver
 from .motions import MOTIONS, opposite
 from .prompt_choice import choose_prompts_of_checkpoint
 from .settings import from_dict
 from .train import run_evaluation, tokens_of
 
-__all__ = ["Order", "evaluate_order", "opposites_of", "order", "summarize"]
+__all__ = ["Order", "evaluate_order", "opposites_of", "order", "read_opposites", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,19 @@ def opposites_of(classes: Sequence[str], pairs: Mapping[str, str] | None = None)
     return [classes.index(both[name]) if both.get(name) in classes else None for name in classes]
 
 
+def read_opposites(path: str | Path) -> dict[str, str]:
+    """Pairs of class names that are each other's time reversal, from a CSV file with the columns `class,opposite`.
+
+    Raises:
+        DatasetError: another header, or a line without two names.
+    """
+    rows = csv_rows(path, ["class", "opposite"])
+    wrong = [(f"line {line}", f"expected two names, got {row}") for line, row in rows if len(row) != 2 or not all(row)]
+    if wrong:
+        raise DatasetError(f"{path}: not a valid list of opposites:", wrong)
+    return {first.strip(): second.strip() for _, (first, second) in rows}
+
+
 def summarize(orders: Sequence[Order]) -> dict[str, dict[str, Any]]:
     """For each measure the `values`, their `mean`, and half the width of its 95 % `interval` (Student's t; None of one run)."""
     summary: dict[str, dict[str, Any]] = {}
@@ -193,12 +207,15 @@ def _evaluate_checkpoint(name: str, pairs: Mapping[str, str] | None, data: DataC
     choice = choose_prompts_of_checkpoint(config, content)
     tokens = tokens_of(choice.prompts, model)
     return evaluate_order(
-        model, lambda changed: run_evaluation(config, changed, tokens), opposites_of(choice.classes, pairs)
+        model,
+        lambda changed: run_evaluation(config, changed, tokens, choice.classes),
+        opposites_of(choice.classes, pairs),
     )
 
 
 def _classes(evaluation: Evaluation) -> Tensor:
-    return evaluation.probabilities.argmax(1)
+    """The likeliest class of each video, `(videos,)`; -1, no class, of one that could not be read."""
+    return evaluation.probabilities.argmax(1).where(evaluation.readable, -1)
 
 
 def _share(hits: Tensor) -> float:

@@ -92,6 +92,8 @@ class TrainingTexts:
         draws: "step": K different prompts, for all micro-batches and processes of a step; "microbatch": each of these has its
             own K, drawn with replacement, as in the authors' code.
         classes_per_step: classes of a step, those of its clips and others drawn at random; None: all.
+        one_group: encode the texts of a process in one pass: a tower whose weights are shared over the processes must be
+            called equally often by all of them.
     """
 
     def __init__(
@@ -103,9 +105,11 @@ class TrainingTexts:
         per_step: int,
         draws: str = "step",
         classes_per_step: int | None = None,
+        one_group: bool = False,
     ) -> None:
         self.model, self.tokens, self.accelerator = model, tokens, accelerator
         self.per_step, self.draws, self.classes_per_step = per_step, draws, classes_per_step
+        self.one_group = one_group
         self.lengths = text_lengths(model.clip, tokens.cpu()).flatten()  # (A*C,)
         self.cut = _can_cut(model.clip)
         self.frozen = not any(parameter.requires_grad for parameter in _text_parameters(model.clip))
@@ -168,7 +172,7 @@ class TrainingTexts:
         texts = (drawn[:, None] * self.tokens.shape[1] + classes.cpu()).flatten()
         share, places = share_texts(self.lengths[texts], ranks, rank)
         return StepTexts(
-            _groups(self.tokens.flatten(0, 1), texts[share], self.lengths),
+            _groups(self.tokens.flatten(0, 1), texts[share], self.lengths, one=self.one_group),
             places.view(len(drawn), len(classes))[own[rank]],
             self.cut,
             shared=ranks > 1,
@@ -309,9 +313,9 @@ def _text_parameters(clip: Any) -> list[nn.Parameter]:
     return [parameter for name, parameter in clip.named_parameters() if not name.startswith(other)]
 
 
-def _groups(tokens: Tensor, texts: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Tokens of texts that increase in length, in groups cut to their longest."""
-    groups = texts.split(group_sizes(lengths[texts].tolist()))
+def _groups(tokens: Tensor, texts: Tensor, lengths: Tensor, *, one: bool) -> tuple[Tensor, ...]:
+    """Tokens of texts that increase in length, in groups cut to their longest, or in one."""
+    groups = (texts,) if one else texts.split(group_sizes(lengths[texts].tolist()))
     return tuple(tokens[group.to(tokens.device), : int(lengths[group[-1]])] for group in groups)
 
 

@@ -114,7 +114,7 @@ def test_a_window_and_each_temporal_embedding_round_trip(tmp_path, embedding):
         ("train: {layer_decay: 1.5}", "train.layer_decay must be in (0, 1], not 1.5"),
         ("train: {ema: 1}", "train.ema must be in (0, 1), not 1.0"),
         ("train: {betas: [0.9, 1]}", "train.betas must be in [0, 1), not 1.0"),
-        ("train: {betas: [0.9]}", "train.betas must be two numbers, not [0.9]"),
+        ("train: {betas: [0.9]}", "train.betas must be tuple[float, float], not '[0.9]'"),
         ("train: {save_every: 0}", "train.save_every must be at least 1, not 0"),
         ("train: {keep: 0}", "train.keep must be at least 1, not 0"),
         ("train: {trackers: [tensorboard, tensorboard]}", "train.trackers must be different names"),

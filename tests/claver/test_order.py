@@ -24,11 +24,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("order")
     found = {}
     for name, changes in (
-        ("kmct", {"attention": "kmct"}),
+        ("kmct", {"attention": "kmct", "temporal_std": 1.0}),
         ("average", {"attention": "spatial", "temporal_embedding": False}),
     ):
         torch.manual_seed(0)
-        large = {"logit_scale": 30.0, "token_std": 0.1, "position_std": 1.0, "temporal_std": 1.0}
+        large = {"logit_scale": 30.0, "token_std": 0.1, "position_std": 1.0}
         config = dataclasses.replace(
             small_config(folder, num_train=1, num_test=16, run=name), model=small_model(**large, **changes)
         )
@@ -108,7 +108,7 @@ def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
 
     def evaluate(model):
         name = model.order.__name__ if isinstance(model, claver.order._Reordered) else "forwards"
-        return Evaluation(torch.eye(3)[said[name]], labels)
+        return Evaluation(torch.eye(3)[said[name]], torch.eye(3)[said[name]], labels)
 
     model, opposites = build_model(small_model()), opposites_of(["up", "down", "still"], {"up": "down"})
     assert opposites == [1, 0, None]
@@ -116,6 +116,8 @@ def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
     assert (found.top1, found.shuffled_same, found.videos, found.opposites) == (0.75, 0.75, 4, 3)
     assert found.reversed_opposite == pytest.approx(1 / 3)  # the first of three
     assert found.reversed_same == pytest.approx(2 / 3)
+    unread = Evaluation(torch.eye(3)[said["forwards"]] * torch.tensor([[0.0], [1], [1], [1]]), labels)
+    assert evaluate_order(model, evaluate, opposites, forwards=unread).top1 == 0.5  # a broken video counts as wrong
     with pytest.raises(ValueError, match="no test video is of a class that has an opposite"):
         evaluate_order(model, evaluate, [None, None, None])
     assert (
