@@ -298,12 +298,12 @@ def main(arguments: Sequence[str] | None = None, models: dict[str, int] | None =
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     full = {
-        "classes": 12,
-        "clips": 4,
-        "size": 128,
-        "depth": 12,
-        "width": 768,
-        "text_width": 512,
+        "classes": 6,
+        "clips": 2,
+        "size": 96,
+        "depth": 2,
+        "width": 256,
+        "text_width": 256,
         "rounds": 5,
         "out": RESULTS,
     }
