@@ -195,6 +195,65 @@ def _streams() -> str:
     return _markdown(header, lines) + _source("stream_speed", stored)
 
 
+def _decode() -> str:
+    stored = _stored("decode")
+    header = [
+        "reader",
+        "right frames",
+        "of a file cut without encoding",
+        "frames/s",
+        "in two processes",
+        "time relative to ours",
+    ]
+    header += ["MiB after 1 read", f"after {stored['decodes']:,}", "refuses a truncated, a damaged file"]
+    lines = []
+    for row in stored["rows"]:
+        if row["error"]:
+            lines.append([row["reader"], f"not measured: {row['error'][:60]}", *[""] * (len(header) - 2)])
+            continue
+        lines.append([
+            row["reader"],
+            *(f"{row[f'right_frames_{kind}']:.0%}" for kind in ("plain", "cut")),
+            *(f"{row[f'frames_per_second_{count}']:.0f}" for count in (1, 2)),
+            f"{row['over_ours_1']:.2f}, {row['over_ours_2']:.2f}",
+            *(f"{row['resident_bytes'][i][1] / 2**20:.0f}" for i in (0, -1)),
+            ", ".join("yes" if row[f"refused_{kind}"] else "**no**" for kind in ("truncated", "damaged")),
+        ])  # fmt: skip
+    versions = stored["versions"]
+    names = ("av", "torchcodec", "opencv-python-headless", "decord")
+    told = "\n" + ", ".join(f"{name} {versions[name]}" for name in names if name in versions) + ".\n"
+    return _markdown(header, lines) + told + _source("decode", stored)
+
+
+def _train_step() -> str:
+    stored = _stored("train_step")
+    header = ["texts of a step", "processes", "time relative to whole texts", "text tower's share of FLOPs"]
+    header += ["loss differs by", "gradients by, of the largest"]
+    lines = [
+        [
+            row["way"],
+            str(row["processes"]),
+            f"{row['over_whole']:.2f}",
+            f"{row['text_share']:.0%}",
+            *(f"{row[f'{what}_difference']:.0e}" for what in ("loss", "gradient")),
+        ]
+        for row in stored["rows"]
+    ]
+    ways = ("whole", "cut", "cut and shared")
+    counted = [
+        [row["model"], *(f"{row[f'text_share_{way}']:.0%} of {row[f'tflop_{way}']:.3g}" for way in ways)]
+        for row in stored["counted"]
+    ]
+    row = stored["counted"][0]
+    models = [
+        f"{row['texts']:,} texts, {row['clips']} clips a process, TFLOP",
+        "whole",
+        "cut",
+        f"and shared by {row['shared_by']}",
+    ]
+    return _markdown(header, lines) + "\n" + _markdown(models, counted) + _source("train_step", stored)
+
+
 def _lowest() -> str:
     """The suites under the lowest supported versions."""
     stored = _stored("lowest")
@@ -261,6 +320,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": _kernels,
     "lowest": _lowest,
     "streams": _streams,
+    "decode": _decode,
+    "train_step": _train_step,
 }
 
 

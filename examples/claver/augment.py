@@ -37,7 +37,7 @@ class AugmentConfig:
 
     Attributes:
         size: of a clip in pixels.
-        short_side: to which frames are resized before they are cropped.
+        short_side: to which frames are resized before they are cropped; 0 for 256 / 224 of the size (384 at 336).
         scales: of the training crops, of which one is drawn for each side.
         flip: probability of mirroring; 0 where left and right matter.
         jitter: probability of other colours.
@@ -54,7 +54,7 @@ class AugmentConfig:
     """
 
     size: int = 224
-    short_side: int = 256
+    short_side: int = 0
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     flip: float = 0.5
     jitter: float = 0.8
@@ -67,8 +67,12 @@ class AugmentConfig:
     std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
+        if self.short_side == 0:
+            object.__setattr__(self, "short_side", round(self.size * 256 / 224))
         if not 1 <= self.size <= self.short_side:
-            raise ValueError(f"size must be from 1 to short_side = {self.short_side}, got {self.size}")
+            raise ValueError(
+                f"size must be from 1 to short_side = {self.short_side}, got {self.size}; a short_side of 0 goes with the size"
+            )
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise ValueError(f"scales must be in (0, 1] and at least one, got {self.scales}")
         for name in ("flip", "jitter", "grey", "switch"):

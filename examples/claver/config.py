@@ -5,13 +5,13 @@ jsonargparse makes the options of the command line, their help and their types o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .augment import AugmentConfig
-from .prompts import KINDS
+from .prompts import KINDS, TEMPLATES
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig"]
+__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "by_split"]
 
 WINDOWED = ("causal", "kmct")
 
@@ -26,12 +26,14 @@ class DataConfig:
             class; or WebDataset shards (a folder, a glob, or shards-{000000..000009}.tar).
         test_list: videos to evaluate on, likewise.
         labels: CSV of id,name.
+        splits: names that take the place of {split} in these paths; evaluation goes over all, training takes the first.
         prompts: sentences that join the templates: "auto" those that are shipped for the data set whose classes `labels` has, if
             there are any; a data set's name those of that one; a path those of a file; "templates" (or null) none; "names" makes
             the bare class names the only texts.
         kinds: of sentences, some of decomposition, body_parts, synonyms, scene; null for all that the file has.
         per_kind: sentences of each kind, the first ones; null for all.
-        templates: each with {} for the class name; null for the 16 templates for actions.
+        templates: gerund (a person is {}), neutral (fit any class name), official (the authors'), or a list, each with {} for the
+            class name; null for gerund if most class names have one (running), else neutral.
         num_workers: processes that decode videos, for each process that trains.
         cache: keep decoded frames in memory: for small sets, with num_workers 0.
         broken: training videos that cannot be read: refuse; or skip, and others take their places, and they are named.
@@ -42,16 +44,25 @@ class DataConfig:
     train_list: str = "data/k400/train.txt"
     test_list: str = "data/k400/val.txt"
     labels: str = "data/k400/labels.csv"
+    splits: tuple[str, ...] | None = None
     prompts: str | None = "auto"
     kinds: tuple[str, ...] | None = None
     per_kind: int | None = None
-    templates: tuple[str, ...] | None = None
+    templates: str | tuple[str, ...] | None = None
     num_workers: int = 8
     cache: bool = False
     broken: str = "refuse"
     max_broken: float = 0.01
 
     def __post_init__(self) -> None:
+        paths = (self.train_list, self.test_list, self.labels)
+        if (self.splits is not None) != any("{split}" in path for path in paths):
+            raise ValueError(
+                f"data.splits is {self.splits and list(self.splits)}, and {{split}} stands in "
+                f"{', '.join(path for path in paths if '{split}' in path) or 'none of the paths'}: give both or neither"
+            )
+        if self.splits is not None and (not self.splits or len(set(self.splits)) < len(self.splits)):
+            raise ValueError(f"data.splits must be one or more different names, not {list(self.splits)}")
         _choice("data.broken", self.broken, ("refuse", "skip"))
         if not 0 <= self.max_broken < 1:
             raise ValueError(f"data.max_broken must be a share from 0 to less than 1, not {self.max_broken}")
@@ -61,6 +72,8 @@ class DataConfig:
             _choice("data.kinds", kind, KINDS)
         if self.kinds is not None and len(set(self.kinds)) < max(1, len(self.kinds)):
             raise ValueError(f"data.kinds must be one or more different kinds, not {list(self.kinds)}")
+        if isinstance(self.templates, str):
+            _choice("data.templates", self.templates, tuple(TEMPLATES), " or a list")
         if self.per_kind is not None and self.per_kind < 1:
             raise ValueError(f"data.per_kind must be at least 1, not {self.per_kind}")
 
@@ -82,7 +95,7 @@ class ModelConfig:
         sink: first frames that are seen beyond the window.
         placement: append, interleave or replace, see patch_vit.
         layers: temporal blocks; null for a third of the image blocks.
-        init: of temporal blocks: random, zero or copy.
+        init: of temporal blocks: random (as CLIP's blocks), torch (as torch's layers, which the authors do), zero or copy.
         temporal_embedding: true for a learned vector for each frame, false for none, or rotary.
         position_std: of the initial positions, for training from scratch, where CLIP's small values take long to grow.
         temporal_std: of the initial temporal embedding; null for the paper's.
@@ -154,12 +167,18 @@ class TrainConfig:
         layer_decay: factor on it for each block of a tower below its last, such as 0.75; null for none.
         min_lr_ratio: of the last to the first learning rate of the cosine.
         warmup_epochs: epochs in which the learning rate rises from 0.
-        weight_decay: of matrices; biases, norms and positions have none.
+        weight_decay: of matrices; biases, norms and positions have none, see decay.
         betas: of AdamW.
         eps: of AdamW.
         max_grad_norm: to which gradients are cut; null for any.
         ema: decay each step of the average of the weights that is evaluated, such as 0.9998; null for no average.
         prompts_per_step: texts of each class that are drawn anew each step.
+        draws: step (different texts, for all micro-batches and processes of a step) or microbatch (each draws its own, with
+            replacement, as the authors' code does).
+        classes_per_step: classes of the loss, those of the clips and others at random; null for all.
+        decay: which parameters have weight decay: usual (matrices) or official (the authors' rule: also the temporal embedding
+            and the logit scale).
+        max_logit_scale: bound of the logits' scale, CLIP's own by default; null for none.
         tune: full; or vision, and the text tower stays frozen; or temporal, and the image tower does, too.
         precision: no (float32), fp16 or bf16.
         gradient_checkpointing: compute activations again instead of keeping them.
@@ -189,6 +208,10 @@ class TrainConfig:
     max_grad_norm: float | None = None
     ema: float | None = None
     prompts_per_step: int = 5
+    draws: str = "step"
+    classes_per_step: int | None = None
+    decay: str = "usual"
+    max_logit_scale: float | None = 100.0
     tune: str = "full"
     precision: str = "no"
     gradient_checkpointing: bool = False
@@ -203,21 +226,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choice("train.tune", self.tune, ("full", "temporal", "vision"))
         _choice("train.precision", self.precision, ("no", "fp16", "bf16"))
+        _choice("train.draws", self.draws, ("step", "microbatch"))
+        _choice("train.decay", self.decay, ("usual", "official"))
+        if self.classes_per_step is not None and self.classes_per_step < 2:
+            raise ValueError(f"train.classes_per_step must be at least 2, or null for all, not {self.classes_per_step}")
         for name in ("epochs", "batch_size", "accumulate", "prompts_per_step", "evaluate_every", "save_every", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {value}")
-        for name in ("lr", "eps", "timeout", "max_grad_norm"):
+        for name in ("lr", "eps", "timeout", "max_grad_norm", "max_logit_scale"):
             _within(f"train.{name}", getattr(self, name), "(0, inf)")
         for name in ("temporal_lr_mult", "warmup_epochs", "weight_decay"):
             _within(f"train.{name}", getattr(self, name), "[0, inf)")
         _within("train.min_lr_ratio", self.min_lr_ratio, "[0, 1]")
         _within("train.layer_decay", self.layer_decay, "(0, 1]")
         _within("train.ema", self.ema, "(0, 1)")
-        if len(self.betas) != 2:
-            raise ValueError(f"train.betas must be two numbers, not {list(self.betas)}")
         for beta in self.betas:
             _within("train.betas", beta, "[0, 1)")
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError(
+                "train.fsdp is for train.precision no or bf16: the scale of fp16's loss is one process's own"
+            )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"train.trackers must be different names, not {list(self.trackers)}")
 
@@ -230,6 +259,7 @@ class TestConfig:
         clips: views in time.
         crops: views in space, 1 (the centre) or 3 (along the longer side).
         batch_size: videos.
+        summary: of several splits: mean, with the standard deviation; or harmonic, as of base and novel classes.
         broken: videos that cannot be read: refuse; or wrong, and they count as wrong, and are listed.
     """
 
@@ -238,9 +268,11 @@ class TestConfig:
     clips: int = 4
     crops: int = 3
     batch_size: int = 8
+    summary: str = "mean"
     broken: str = "refuse"
 
     def __post_init__(self) -> None:
+        _choice("test.summary", self.summary, ("mean", "harmonic"))
         _choice("test.broken", self.broken, ("refuse", "wrong"))
         if self.crops not in (1, 3):
             raise ValueError(f"test.crops must be 1 (the centre) or 3 (along the longer side), not {self.crops}")
@@ -272,9 +304,21 @@ class Config:
     test: TestConfig = field(default_factory=TestConfig)
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def by_split(config: Config) -> dict[str, Config]:
+    """For each of `data.splits` the configuration with its paths; the configuration itself, as "", if it has no splits."""
+    if config.data.splits is None:
+        return {"": config}
+    found = {}
+    for split in config.data.splits:
+        names = ("train_list", "test_list", "labels")
+        paths = {name: getattr(config.data, name).replace("{split}", split) for name in names}
+        found[split] = replace(config, data=replace(config.data, splits=None, **paths))
+    return found
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...], others: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}{others}, not {value!r}")
 
 
 def _within(name: str, value: float | None, interval: str) -> None:

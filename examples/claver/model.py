@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronmask import masks, patch_vit, temporal_parameters
+from kronmask.nn import MLP, KronAttention
 
 from .config import Config, ModelConfig
+from .text import FrozenTexts, StepTexts
 
-__all__ = ["Claver", "build_model", "describe_trained", "freeze"]
+__all__ = ["Claver", "build_model", "describe_trained", "freeze", "torch_defaults"]
 
 
 class Claver(nn.Module):
@@ -50,8 +52,10 @@ class Claver(nn.Module):
         """Features `(B, T, E)` of each frame, before normalisation."""
         return self.clip.visual.forward_frames(video)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`."""
+    def encode_text(self, tokens: Tensor | StepTexts | FrozenTexts) -> Tensor:
+        """Normalised features `(A, C, E)` of tokenized prompts `(A, C, context)`, or of the texts of a training step."""
+        if not isinstance(tokens, Tensor):
+            return tokens.encode(self.clip)
         features = self.clip.encode_text(tokens.flatten(0, -2)).float()
         return F.normalize(features, dim=-1).unflatten(0, tokens.shape[:-1])
 
@@ -61,8 +65,8 @@ class Claver(nn.Module):
             cosines = torch.einsum("be,ace->bac", video_features.float(), text_features.float())
             return self.clip.logit_scale.float().exp() * cosines
 
-    def forward(self, video: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`."""
+    def forward(self, video: Tensor, tokens: Tensor | StepTexts | FrozenTexts) -> Tensor:
+        """Logits `(B, A, C)` of clips `(B, T, 3, H, W)` against prompts `(A, C, context)`, or the texts of a training step."""
         return self.logits(self.encode_video(video), self.encode_text(tokens))
 
 
@@ -71,7 +75,7 @@ def build_model(config: ModelConfig) -> Claver:
 
     Raises:
         ImportError: open_clip is not installed.
-        ValueError, RuntimeError: open_clip does not know the model or its weights.
+        ValueError: open_clip does not know the model or its weights, or cannot get them.
     """
     try:
         import open_clip
@@ -82,7 +86,11 @@ def build_model(config: ModelConfig) -> Claver:
         vision, text = CLIPVisionCfg(**config.vision), CLIPTextCfg(**(config.text or {}))
         clip: Any = open_clip.CLIP(config.embed_dim, copy.deepcopy(vision), text, quick_gelu=config.quick_gelu)
     else:
-        clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+        try:
+            clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+        except RuntimeError as error:  # an unknown name, a download that failed, a file of another model
+            weights = f" with the weights {config.pretrained}" if config.pretrained else ""
+            raise ValueError(f"open_clip cannot make {config.name}{weights}: {error}") from error
     windowed = config.window is not None or config.sink
     mask = (
         partial(masks.NAMES[config.attention], window=config.window, sink=config.sink) if windowed else config.attention
@@ -93,9 +101,11 @@ def build_model(config: ModelConfig) -> Claver:
         attention=mask,
         placement=config.placement,
         layers=config.layers,
-        init=config.init,
+        init="random" if config.init == "torch" else config.init,
         temporal_embedding=config.temporal_embedding,
     )
+    if config.init == "torch":
+        torch_defaults(clip.visual.temporal_encoder)
     initial = {"visual.positional_embedding": config.position_std, "token_embedding.weight": config.token_std}
     if config.token_std is not None:
         initial["positional_embedding"] = config.token_std / 2  # of the text; CLIP's own ratio
@@ -109,11 +119,31 @@ def build_model(config: ModelConfig) -> Claver:
     return Claver(clip)
 
 
+def torch_defaults(module: nn.Module) -> None:
+    """Give temporal layers the initial values that torch gives `nn.MultiheadAttention` and `nn.Linear`, as the authors do.
+
+    CLIP's own are others: for 768 channels the standard deviations of its attention are .0361 (input) and .0255 or less (output,
+    by the number of blocks), torch's .0255 and .0208; and torch's biases of the MLP are random.
+    """
+    for layer in module.modules():
+        if isinstance(layer, KronAttention):
+            layer.out_proj.reset_parameters()
+            nn.init.xavier_uniform_(layer.in_proj_weight)
+            for bias in (layer.in_proj_bias, layer.out_proj.bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
+        elif isinstance(layer, MLP):
+            layer.c_fc.reset_parameters()
+            layer.c_proj.reset_parameters()
+
+
 def freeze(model: Claver, tune: str) -> None:
-    """`tune="temporal"` leaves only the temporal parameters to be trained; `"full"` leaves all, the text tower included."""
+    """Leave to be trained: `"full"` all, the text tower included; `"vision"` the image tower with its temporal parameters;
+    `"temporal"` these alone."""
     temporal = set(temporal_parameters(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(tune == "full" or name in temporal)
+        part = name in temporal or (tune == "vision" and ".visual." in name)
+        parameter.requires_grad_(tune == "full" or part)
 
 
 def describe_trained(model: Claver) -> str:

@@ -30,8 +30,11 @@ def learning_rate(step: int, total: int, warmup: int, base: float, minimum: floa
 def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:
     """The groups of `kronmask.param_groups`, those of the image and text towers split by block under `layer_decay`.
 
-    Then the last block of a tower, and what follows it, has the learning rate of the group, and each block below has
-    `layer_decay` times that of the one above; the embeddings are one more block at the bottom. Temporal parameters keep theirs.
+    Under `decay="official"` all parameters decay but one-dimensional ones and position embeddings (the filter of the authors'
+    optimizer): so do the temporal embedding and the logit scale.
+    Under `layer_decay` the last block of a tower, and what follows it, has the learning rate of the group, and each block below
+    has `layer_decay` times that of the one above; the embeddings are one more block at the bottom. Temporal parameters keep
+    theirs.
     A group also has its `scale`, the factor that this gives, by which the schedule's minimum is to be scaled.
 
     Raises:
@@ -40,6 +43,8 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
     groups = param_groups(
         model, lr=settings.lr, temporal_lr_mult=settings.temporal_lr_mult, weight_decay=settings.weight_decay
     )
+    if settings.decay == "official":
+        groups = _decaying_officially(groups, model, settings.weight_decay)
     if settings.layer_decay is None:
         return [group | {"scale": 1.0} for group in groups]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -63,6 +68,25 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
             own = group | {"name": name, "params": [], "lr": group["lr"] * scale, "scale": scale}
             split.setdefault((group["name"], below), own)["params"].append(parameter)
     return list(split.values())
+
+
+def _decaying_officially(groups: list[dict[str, Any]], model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups under the rule of the authors' optimizer."""
+    # a scalar such as logit_scale is a vector of one element in a sharded model
+    kept = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if "positional_embedding" in name or (parameter.ndim == 1 and "logit_" not in name)
+    }
+    by_name = {group["name"]: group for group in groups}
+    for name, group in list(by_name.items()):
+        decaying = [parameter for parameter in group["params"] if id(parameter) not in kept]
+        if name.endswith("_no_decay") and decaying:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+            partner = name.removesuffix("_no_decay")
+            by_name.setdefault(partner, group | {"name": partner, "params": [], "weight_decay": weight_decay})
+            by_name[partner]["params"] += decaying
+    return [group for group in by_name.values() if group["params"]]
 
 
 _BLOCK = re.compile(r"(?:^|\.)(resblocks|blocks|layers?)\.(\d+)\.")

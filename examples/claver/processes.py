@@ -33,15 +33,18 @@ class ProcessError(RuntimeError):
     """Another process of the run failed; the message has its error."""
 
 
-def start_processes(config: Config, *, trackers: bool = False) -> Accelerator:
-    """Accelerate's view of the processes that a launcher started, or of this one alone.
+def start_processes(config: Config, *, training: bool = False) -> Accelerator:
+    """Accelerate's view of the processes that a launcher started, or of this one alone; with the trackers of a `training`.
 
     Its state is global, and another run in this process may have had another precision.
 
     Raises:
-        ValueError: a tracker that Accelerate does not know or that is not installed.
+        ValueError: a training in fp16 without a GPU, or a tracker that Accelerate does not know or that is not installed.
     """
-    names = config.train.trackers if trackers else ()
+    cpu = not torch.accelerator.is_available()
+    if cpu and training and config.train.precision == "fp16":
+        raise ValueError("train.precision fp16 needs a GPU; choose bf16 or no")
+    names = config.train.trackers if training else ()
     available = [str(name) for name in get_available_trackers()]
     if missing := [name for name in names if name not in available]:
         raise ValueError(
@@ -50,6 +53,7 @@ def start_processes(config: Config, *, trackers: bool = False) -> Accelerator:
         )
     AcceleratorState._reset_state()
     return Accelerator(
+        cpu=cpu,  # else Accelerate would have each process train alone
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         log_with=list(names) or None,
@@ -140,6 +144,10 @@ def end_together(accelerator: Accelerator) -> Iterator[None]:
             first = store.compare_set(_FAILURE, "", f"{own}: {type(error).__name__}: {error}").decode()
         except RuntimeError:  # the store was that of the process that is gone
             first = ""
+        if isinstance(error, KeyboardInterrupt):  # all of them were asked to stop, or will miss this one
+            raise
         if first and not first.startswith(own):
             raise ProcessError(f"another process failed, so this one stops. {first}") from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProcessError(f"another process is gone, so {own} stops ({error})") from error
         raise

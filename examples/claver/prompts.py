@@ -17,8 +17,10 @@ __all__ = [
     "ACTION_TEMPLATES",
     "KINDS",
     "OBJECT_TEMPLATES",
+    "TEMPLATES",
     "Interpretive",
     "build_prompts",
+    "choose_templates",
     "clean_class_name",
     "draw_prompts",
     "load_tokenizer",
@@ -34,6 +36,7 @@ SENTENCES_PER_KIND = 5  # of the files that are shipped, and of the paper; a fil
 Interpretive = dict[str, dict[str, list[str]]]
 """`{class name: {kind: sentences}}`, the content of a prompt file; see `prompt_files`."""
 
+# for gerunds: "playing drums", but neither "brush hair" nor "archery"
 ACTION_TEMPLATES = (
     "a video of a person {}.",
     "a video clip that shows {}.",
@@ -53,9 +56,48 @@ ACTION_TEMPLATES = (
     "we can see {} in these frames.",
 )
 
+NEUTRAL_TEMPLATES = (
+    "{}.",
+    "{}, an action.",
+    "{}, the action in this video.",
+    "an action: {}.",
+    "a video of the action {}.",
+    "a video clip that shows the action {}.",
+    "a recording of the action {}.",
+    "an example of the action {}.",
+    "footage of the action {}, filmed from a distance.",
+    "a close-up of the action {}.",
+    "a shaky phone video of the action {}.",
+    "a short film about the action {}.",
+    "a person performs the action {}.",
+    "people perform the action {}.",
+    "someone shows how the action {} is done.",
+    "the action in this video is called {}.",
+)
+"""For class names of any grammar: `brush hair` and `archery` as well as `playing drums`, which alone fits "a person is"."""
+
+OFFICIAL_TEMPLATES = (
+    "{}",
+    *(f"a {kind} of {who}{{}}." for kind in ("video", "example", "demonstration") for who in ("", "a person ")),
+    "Human action of {}.",
+    "{}, an action.",
+    "{} this is an action.",
+    "{}, a video of action.",
+    "Playing action of {}.",
+    "Playing a kind of action, {}",
+    "Doing a kind of action, {}",
+    "Look, the human is {}",
+    "Video classification of {}",
+)
+"""The 16 that CLAVER's authors train with, out of those of CLIP (arXiv 2103.00020) and ActionCLIP (arXiv 2109.08472)."""
+
+TEMPLATES = {"gerund": ACTION_TEMPLATES, "neutral": NEUTRAL_TEMPLATES, "official": OFFICIAL_TEMPLATES}
+"""Templates by the name that `data.templates` has for them."""
+
 OBJECT_TEMPLATES = ("{}.", "an object {}.")
 """For `claver.motions`; short, as a text tower that starts from nothing has to learn to look past every other word."""
 
+_GERUND = re.compile(r"[aeiouy]\w*ing\b", re.IGNORECASE)  # running, but not swing, string or ring
 _WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|[^A-Za-z]+")
 
 
@@ -75,6 +117,20 @@ def clean_class_name(name: str) -> str:
         return " ".join(words)
     parts = _WORD.findall(words[0])
     return " ".join(part if part.isupper() and len(part) > 1 else part.lower() for part in parts)
+
+
+def choose_templates(templates: str | Sequence[str] | None, classes: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Templates by their name in `TEMPLATES`, and which they are, in words; a list is itself.
+
+    None stands for "gerund" if at least three quarters of the class names have one, and else for "neutral".
+    """
+    if templates is None:
+        count = sum(_GERUND.search(clean_class_name(name)) is not None for name in classes)
+        name = "gerund" if count >= 0.75 * len(classes) else "neutral"
+        return TEMPLATES[name], f"{name}: {count} of {len(classes)} class names have a gerund"
+    if isinstance(templates, str):
+        return TEMPLATES[templates], templates
+    return tuple(templates), ""
 
 
 def build_prompts(

@@ -21,8 +21,8 @@ from .config import Config
 from .files import replace_file
 from .lists import Sample
 from .optimizer import learning_rate
-from .prompts import draw_prompts
 from .state import TrainState
+from .text import TrainingTexts
 
 __all__ = ["NonFiniteError", "StepResult", "TrainStep", "contrastive_loss"]
 
@@ -57,8 +57,7 @@ class TrainStep:
         config: of the run.
         state: what the steps change.
         accelerator: the processes.
-        tokens: prompts `(A, C, context)` on the device.
-        per_step: prompts that are drawn each step.
+        texts: the prompts of the run, which are drawn anew each step.
         samples: the training list, for the names of files.
         total: steps of the whole run.
         warmup: steps of its warm-up.
@@ -69,15 +68,14 @@ class TrainStep:
         config: Config,
         state: TrainState,
         accelerator: Accelerator,
-        tokens: Tensor,
+        texts: TrainingTexts,
         *,
-        per_step: int,
         samples: list[Sample],
         total: int,
         warmup: int,
     ) -> None:
-        self.config, self.state, self.accelerator, self.tokens = config, state, accelerator, tokens
-        self.per_step, self.samples, self.total, self.warmup = per_step, samples, total, warmup
+        self.config, self.state, self.accelerator, self.texts = config, state, accelerator, texts
+        self.samples, self.total, self.warmup = samples, total, warmup
 
     def __call__(self, batches: Iterator[dict[str, Any]], *, stop: bool) -> StepResult:
         """The next step, of `train.accumulate` batches; `stop` asks all processes to stop after it.
@@ -90,23 +88,27 @@ class TrainStep:
         generator = torch.Generator().manual_seed(hash((config.seed, state.step)) % 2**63)
         # whatever else draws, such as dropout, draws the same after a resume
         torch.manual_seed(hash((config.seed, state.step, accelerator.process_index)) % 2**63)
-        chosen = draw_prompts(len(self.tokens), self.per_step, generator).to(self.tokens.device)
+        prompts = self.texts.draw(generator)
         for group, (base, minimum) in zip(state.optimizer.param_groups, state.rates, strict=True):
             group["lr"] = learning_rate(state.step, self.total, self.warmup, base, minimum)
         losses, indices, errors = [], [], []
-        for _ in range(config.train.accumulate):
+        for micro_batch in range(config.train.accumulate):
+            if micro_batch and config.train.draws == "microbatch":
+                prompts = self.texts.draw(generator)
             asked = time.perf_counter()
             batch = next(batches)
             waiting += time.perf_counter() - asked
             indices += batch["index"].tolist()
             errors += batch["errors"]
             video, label = batch["video"].to(accelerator.device), batch["label"].to(accelerator.device)
-            video, target = mixup_cutmix(video, label, self.tokens.shape[1], config.augment, generator)
+            classes = self.texts.draw_classes(label, generator)
+            label = torch.searchsorted(classes, label)
+            video, target = mixup_cutmix(video, label, len(classes), config.augment, generator)
             with accelerator.accumulate(state.runner):
                 if config.train.fsdp:
                     state.runner.set_requires_gradient_sync(accelerator.sync_gradients)  # type: ignore[operator]
                 with accelerator.autocast():
-                    logits = state.runner(video, self.tokens[chosen])
+                    logits = state.runner(video, self.texts.of(prompts, classes))
                 loss = contrastive_loss(logits, target)
                 losses.append(loss.detach())
                 accelerator.backward(loss)
@@ -118,8 +120,9 @@ class TrainStep:
             accelerator.clip_grad_norm_(state.model.parameters(), config.train.max_grad_norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        with torch.no_grad():  # CLIP's own bound (arXiv 2103.00020, section 2.5)
-            state.model.clip.logit_scale.clamp_(max=math.log(100))
+        if config.train.max_logit_scale is not None:
+            with torch.no_grad():
+                state.model.clip.logit_scale.clamp_(max=math.log(config.train.max_logit_scale))
         if state.average is not None:
             state.average.update()
         state.step += 1

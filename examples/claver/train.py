@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from .broken import BrokenFiles, check_files, file_problems
-from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, written
+from .broken import check_files
+from .checkpoint import save_checkpoint, written
 from .config import Config
-from .data import TestDataset, TrainDataset, eval_loader, read_labels, set_epoch, train_loader
+from .data import read_labels, set_epoch
 from .evaluate import Evaluation, evaluate
-from .lists import Sample
-from .model import Claver, build_model, describe_trained, freeze
+from .model import Claver
+from .prepare import Prepared, pass_over, prepare, test_loader, tokens_of
 from .processes import StopSignals, end_together, start_processes
-from .prompt_choice import choose_prompts
-from .prompts import tokenize
-from .run_folder import BEST, empty, load_pair, save_pair, saved_steps, weights_of
+from .run_folder import BEST, save_pair
 from .settings import to_dict
-from .state import TrainState, check_same_run
-from .step import NonFiniteError, StepResult, TrainStep
-from .videos import VideoList, read_videos
+from .step import NonFiniteError, StepResult
+from .videos import read_videos
 
 __all__ = ["Run", "Stopped", "run_evaluation", "tokens_of", "train"]
 
@@ -46,11 +42,6 @@ class Run:
 
 class Stopped(KeyboardInterrupt):
     """A training was stopped by Ctrl-C or SIGTERM; the message says how to go on."""
-
-
-def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
-    """Tokens `(A, C, context)` for the text tower of `model`."""
-    return tokenize(prompts, context_length=model.clip.context_length)
 
 
 def train(
@@ -87,180 +78,66 @@ def train(
         Stopped: by Ctrl-C or SIGTERM, after a checkpoint of the last whole step.
         ProcessError: another process of the run failed.
     """
-    accelerator = start_processes(config, trackers=True)
+    accelerator = start_processes(config, training=True)
     with end_together(accelerator):
-        run = _Training(config, accelerator, model, init_from, resume=resume, overwrite=overwrite)
-        return run.loop(progress, bar_position)
+        prepared = prepare(config, accelerator, model=model, init_from=init_from, resume=resume, overwrite=overwrite)
+        return _Loop(config, accelerator, prepared, progress).run(bar_position)
 
 
-class _Training:
-    """A run: what is prepared before its first step, and the loop over its steps."""
+class _Loop:
+    """The steps of a run, with evaluations and checkpoints between them."""
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        model: Claver | None,
-        init_from: str | Path | None,
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        self.config, self.accelerator, self.folder = config, accelerator, Path(config.run_dir)
-        self.main, settings, say = accelerator.is_main_process, config.train, accelerator.print
-        shares = accelerator.num_processes * settings.accumulate
-        if settings.batch_size % shares:
-            raise ValueError(
-                f"train.batch_size is global: {settings.batch_size} is no multiple of {accelerator.num_processes} processes "
-                f"* {settings.accumulate} accumulated steps"
-            )
-        steps, best = saved_steps(self.folder), (self.folder / BEST).exists()
-        if (steps or best) and not (resume or overwrite):
-            raise ValueError(f"{self.folder} holds a run already; go on with it (--resume), or choose another run_dir")
-        if best and not steps and not overwrite:
-            raise ValueError(f"{self.folder} holds {BEST}, but no checkpoint to go on from; choose another run_dir")
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            empty(self.folder, checkpoints=not resume)
-        # one process says which checkpoint it is: a shared folder may not look the same to all of them
-        (first,) = broadcast_object_list([steps[-1] if steps and resume else None])
+    def __init__(self, config: Config, accelerator: Accelerator, prepared: Prepared, title: str) -> None:
+        self.config, self.accelerator, self.title = config, accelerator, title
+        self.folder, self.main = Path(config.run_dir), accelerator.is_main_process
+        self.all, self.state, self.saved = prepared, prepared.state, prepared.saved
+        self.replaced = 0  # clips of broken videos, in this epoch
 
-        self.classes = read_labels(config.data.labels)
-        videos, tested = self._videos("train"), self._videos("test").samples
-        samples, self.skip = videos.samples, config.data.broken == "skip"
-        self.broken, self.replaced = BrokenFiles(samples, config.data.max_broken if self.skip else None), 0
-        self._pass_over(file_problems(samples), say)
-        if config.test.broken == "refuse":
-            check_files(tested)
-        _, self.prompts, per_step, description = choose_prompts(config, self.classes)
-        if per_step > len(self.prompts):
-            raise ValueError(
-                f"train.prompts_per_step is {per_step}, but there are {len(self.prompts)} prompts for each class"
-            )
-        say(f"texts: {description}; {per_step} of {len(self.prompts)} drawn each step")
-
-        saved = None
-        torch.manual_seed(config.seed)
-        if first is not None:
-            content, saved = load_pair(self.folder, first)
-            check_same_run(weights_of(self.folder, first), content, config, self.classes, self.prompts)
-            model = _with_weights(weights_of(self.folder, first), config, model)
-            say(f"resuming {self.folder} after step {first}")
-            if saved["processes"] != accelerator.num_processes:
-                say(
-                    f"it ran on {saved['processes']} processes and goes on with {accelerator.num_processes}: the same videos in "
-                    "each step, but mixed in other pairs, so the losses will not be those it would have had"
-                )
-        elif init_from is not None:
-            model = _with_weights(init_from, config, model)
-            say(f"starting from the weights of {init_from}")
-        elif resume:
-            say(f"{self.folder} has no checkpoint yet: starting")
-        model = build_model(config.model) if model is None else model
-        freeze(model, settings.tune)
-        if settings.gradient_checkpointing:
-            model.clip.set_grad_checkpointing()
-        say(describe_trained(model))
-        self.tokens = tokens_of(self.prompts, model).to(accelerator.device)
-        self.state = TrainState(config, model, accelerator)
-        if saved is not None:
-            self.state.load_state_dict(saved, first)
-        self.saved = first
-
-        self.loader = train_loader(
-            TrainDataset(
-                samples,
-                config.model.frames,
-                config.augment,
-                seed=config.seed,
-                cache=config.data.cache,
-                skip_broken=self.skip,
-            ),
-            settings.batch_size // shares,
-            num_workers=config.data.num_workers,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
-            stream=videos.kind == "shards",
-        )
-        self.middle = _test_loader(config, tested, accelerator, clips=1, crops=1)
-        self.per_epoch = len(self.loader) // settings.accumulate
-        if not self.per_epoch:
-            raise ValueError(f"{len(samples)} training videos do not fill one batch of {settings.batch_size}")
-        self.total = settings.epochs * self.per_epoch
-        self.do_step = TrainStep(
-            config,
-            self.state,
-            accelerator,
-            self.tokens,
-            per_step=per_step,
-            samples=samples,
-            total=self.total,
-            warmup=round(settings.warmup_epochs * self.per_epoch),
-        )
-        say(_describe_engine(config, accelerator, self.per_epoch))
-
-    def _videos(self, name: str) -> VideoList:
-        data = self.config.data
-        videos = read_videos(getattr(data, f"{name}_list"), data.root, self.classes)
-        self.accelerator.print(
-            f"{name}: {len(videos.samples)} videos of {len(self.classes)} classes, {videos.kind} {videos.hash}"
-        )
-        return videos
-
-    def _pass_over(self, problems: Sequence[tuple[str, str]], say: Callable[[str], object]) -> None:
-        """Name videos that are passed over, each once; raise where there are too many."""
-        for name, reason in self.broken.add(problems):
-            say(f"skipping {name}: {reason}")
-
-    def loop(self, progress: str, bar_position: int | None) -> Run:
-        """All steps that are left, with evaluations and checkpoints between them."""
-        config, state, accelerator = self.config, self.state, self.accelerator
+    def run(self, bar_position: int | None) -> Run:
+        """All steps that are left."""
+        state, accelerator, total = self.state, self.accelerator, self.all.total
         if self.main:
             with written(self.folder / "config.json") as partial:
-                partial.write_text(json.dumps(to_dict(config), indent=2))
-        if state.step == 0 and self.saved is None:
+                partial.write_text(json.dumps(to_dict(self.config), indent=2))
+        if self.saved is None:
             self._save()  # a full disk is found now, and a run that is killed has something to go on from
         accelerator.init_trackers("claver", init_kwargs={"tensorboard": {"purge_step": state.step}})
-        silent = not self.main
         state.runner.train()
-        with (
-            tqdm(
-                total=self.total, initial=state.step, desc=progress, position=bar_position, unit="step", disable=silent
-            ) as bar,
-            StopSignals() as signals,
-        ):
+        bar = tqdm(
+            total=total, initial=state.step, desc=self.title, unit="step", position=bar_position, disable=not self.main
+        )
+        with bar, StopSignals() as signals:
             try:
-                while state.step < self.total:
-                    self._epoch(bar, signals, progress)
+                while state.step < total:
+                    self._epoch(bar, signals)
             except KeyboardInterrupt as error:
-                raise Stopped(
-                    f"stopped after step {self.saved} of {self.total}; go on with the same command and --resume"
-                ) from error
-        accelerator.end_training()
-        return Run(self.folder, state.evaluated_model(), self.tokens, state.history)
+                how = "go on with the same command and --resume"
+                raise Stopped(f"stopped after step {self.saved} of {total}; {how}") from error
+        for tracker in accelerator.trackers:  # end_training would end the processes' connection, too
+            tracker.finish()
+        return Run(self.folder, state.evaluated_model(), self.all.tokens, state.history)
 
-    def _epoch(self, bar: Any, signals: StopSignals, progress: str) -> None:
+    def _epoch(self, bar: Any, signals: StopSignals) -> None:
         """The steps that are left of an epoch."""
         config, state = self.config, self.state
-        epoch, begun = divmod(state.step, self.per_epoch)
-        set_epoch(self.loader, epoch, skip=begun * config.train.accumulate)
-        batches, recent = iter(self.loader), []
-        for _ in range(begun, self.per_epoch):
-            result = self.do_step(batches, stop=signals.requested)
+        epoch, begun = divmod(state.step, self.all.per_epoch)
+        set_epoch(self.all.loader, epoch, skip=begun * config.train.accumulate)
+        batches, recent = iter(self.all.loader), []
+        for _ in range(begun, self.all.per_epoch):
+            result = self.all.step(batches, stop=signals.requested)
             recent.append(result)
             bar.update()
             self.replaced += len(result.errors)
-            self._pass_over(result.errors, bar.write)
-            ends = state.step % self.per_epoch == 0
+            pass_over(self.all.broken, result.errors, bar.write)
+            ends = state.step % self.all.per_epoch == 0
             if state.step % LOG_EVERY == 0 or ends:
                 self._log({"loss": result.loss, "lr": result.lr})
                 bar.set_postfix_str(_speed(recent, config.train.batch_size))
                 recent = []
-            if ends and self.skip:
-                self._count_broken(bar, f"{progress}, epoch {epoch + 1}")
-            if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.total):
-                self._evaluate(bar, f"{progress}, epoch {epoch + 1}: loss {result.loss:.3f}")
+            if ends and config.data.broken == "skip":
+                self._count_broken(bar, f"{self.title}, epoch {epoch + 1}")
+            if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.all.total):
+                self._evaluate(bar, f"{self.title}, epoch {epoch + 1}: loss {result.loss:.3f}")
             every = config.train.save_every
             if ends or result.stop or (every and state.step % every == 0):
                 self._save()
@@ -270,11 +147,13 @@ class _Training:
     def _count_broken(self, bar: Any, title: str) -> None:
         """Say how many clips of an epoch were replaced."""
         # the same for all processes, so that all stop or none
-        self.broken.add([problem for part in gather_object([list(self.broken.reasons.items())]) for problem in part])
+        self.all.broken.add(
+            [problem for part in gather_object([list(self.all.broken.reasons.items())]) for problem in part]
+        )
         replaced, self.replaced = sum(gather_object([self.replaced])), 0
         bar.write(
-            f"{title}: {replaced} clips of broken videos were replaced; {len(self.broken.reasons)} of "
-            f"{self.broken.expected} videos are missing or broken"
+            f"{title}: {replaced} clips of broken videos were replaced; {len(self.all.broken.reasons)} of "
+            f"{self.all.broken.expected} videos are missing or broken"
         )
 
     def _evaluate(self, bar: Any, title: str) -> None:
@@ -282,15 +161,15 @@ class _Training:
         state = self.state
         model = state.evaluated_model()
         broken = self.config.test.broken
-        top1 = evaluate(model, self.middle, self.tokens, self.accelerator, broken=broken, progress=None).top(1)
+        top1 = evaluate(model, self.all.middle, self.all.tokens, self.accelerator, broken=broken, progress=None).top(1)
         self._log({"top1": top1})
         bar.write(f"{title}, top-1 of the middle view {top1:.3f}")
         if top1 > state.best:
             state.best = top1
             self._check_finite(weights := state.weights(averaged=True))
             if self.main:
-                place = {"epoch": state.step // self.per_epoch, "step": state.step}
-                save_checkpoint(self.folder / BEST, weights, self.config, self.classes, self.prompts, **place)
+                place = {"epoch": state.step // self.all.per_epoch, "step": state.step}
+                save_checkpoint(self.folder / BEST, weights, self.config, self.all.classes, self.all.prompts, **place)
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.history.append({"step": self.state.step, **values})
@@ -310,9 +189,9 @@ class _Training:
                 self.folder,
                 weights,
                 self.config,
-                self.classes,
-                self.prompts,
-                epoch=state.step // self.per_epoch,
+                self.all.classes,
+                self.all.prompts,
+                epoch=state.step // self.all.per_epoch,
                 step=state.step,
                 state=rest,
                 keep=self.config.train.keep,
@@ -343,45 +222,10 @@ def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Seque
     samples = read_videos(config.data.test_list, config.data.root, classes).samples
     if config.test.broken == "refuse":
         check_files(samples)
-    loader = _test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
+    loader = test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
     tokens = tokens.to(accelerator.device)
     with end_together(accelerator):
         return evaluate(model.to(accelerator.device), loader, tokens, accelerator, broken=config.test.broken)
-
-
-def _test_loader(config: Config, samples: list[Sample], accelerator: Accelerator, *, clips: int, crops: int) -> Any:
-    dataset = TestDataset(
-        samples, config.model.frames, config.augment, num_clips=clips, num_crops=crops, cache=config.data.cache
-    )
-    return eval_loader(
-        dataset,
-        config.test.batch_size,
-        num_workers=config.data.num_workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-
-def _with_weights(path: str | Path, config: Config, model: Claver | None) -> Claver:
-    """The model of a configuration, or the one that is given, with the weights of a checkpoint."""
-    if model is None:
-        return load_model(path, config, any_frames=True)[0]
-    try:
-        model.load_state_dict(load_checkpoint(path)["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit the model: {error}") from error
-    return model
-
-
-def _describe_engine(config: Config, accelerator: Accelerator, per_epoch: int) -> str:
-    settings = config.train
-    return (
-        f"{config.model.attention}, {config.model.frames} frames; a batch of {settings.batch_size} clips is "
-        f"{accelerator.num_processes} processes * {settings.accumulate} accumulated * "
-        f"{settings.batch_size // accelerator.num_processes // settings.accumulate}; {settings.epochs} epochs of {per_epoch} "
-        f"steps; lr {settings.lr:g}, temporal {settings.lr * settings.temporal_lr_mult:g}"
-    )
 
 
 def _speed(steps: list[StepResult], batch_size: int) -> str:

@@ -166,8 +166,8 @@ def test_a_number_of_crops_that_is_not_offered_is_refused() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("size", 300),
         ("size", 0),
+        ("short_side", 223),
         ("scales", ()),
         ("scales", (1.5,)),
         ("flip", -0.1),
@@ -177,7 +177,7 @@ def test_a_number_of_crops_that_is_not_offered_is_refused() -> None:
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(option: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{option}.* got "):
+    with pytest.raises(ValueError, match=f"{option}.* got "):
         AugmentConfig(**{option: value})  # type: ignore[arg-type]
 
 
@@ -245,3 +245,10 @@ def test_mixing_is_a_function_of_the_generator() -> None:
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
+
+
+def test_the_short_side_goes_with_the_size_unless_it_is_given() -> None:
+    """The authors' int(256 / 224 * size): 256 at 224, 384 at 336."""
+    assert [AugmentConfig(size=size).short_side for size in (224, 336, 112, 7)] == [256, 384, 128, 8]
+    assert AugmentConfig(size=336, short_side=340).short_side == 340
+    assert train_clip(random_clip(2, 3, 40, 60), AugmentConfig(size=336), generator(0)).shape[-2:] == (336, 336)

@@ -7,6 +7,8 @@ import claver_k400
 import pytest
 from claver.augment import AugmentConfig
 from claver.config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
+from claver.prompt_choice import choose_prompts
+from claver.prompt_files import shipped_classes
 from claver.settings import from_dict, load_config, settings_of, to_dict
 from docstring_parser import parse as parse_docstring
 
@@ -31,6 +33,23 @@ def test_the_files_for_kinetics_400_are_the_authors_settings(name):
     assert (config.augment.mixup, config.augment.cutmix, config.augment.switch, config.seed) == (0.8, 1.0, 0.5, 3047)
     assert (config.test.clips, config.test.crops) == (4, 3)
     assert train.batch_size % train.accumulate == 0
+
+
+def test_the_official_file_is_the_authors_code():
+    official, ours = (load_config(f"{name}k400_b16_8f") for name in ("official_", ""))
+    ours, theirs = to_dict(ours), to_dict(official)
+    changed = {
+        f"{section}.{key}" for section in ("data", "model", "augment", "train", "test") for key in theirs[section]
+        if theirs[section][key] != ours[section][key]
+    }  # fmt: skip
+    settings = "data.templates data.kinds model.init augment.mean augment.std"
+    assert changed == {*settings.split(), *(f"train.{key}" for key in (
+        "precision", "accumulate", "draws", "decay", "max_logit_scale", "evaluate_every"
+    ))}  # fmt: skip
+    pixels = [255 * value for value in (*official.augment.mean, *official.augment.std)]
+    assert pixels == pytest.approx([123.675, 116.28, 103.53, 58.395, 57.12, 57.375])  # as mmcv has them
+    assert official.train.batch_size == 8 * 8 * official.train.accumulate  # processes, clips of each
+    assert len(choose_prompts(official, list(shipped_classes("kinetics400"))).prompts) == 31
 
 
 def test_dictionaries_round_trip():
@@ -95,7 +114,7 @@ def test_a_window_and_each_temporal_embedding_round_trip(tmp_path, embedding):
         ("train: {layer_decay: 1.5}", "train.layer_decay must be in (0, 1], not 1.5"),
         ("train: {ema: 1}", "train.ema must be in (0, 1), not 1.0"),
         ("train: {betas: [0.9, 1]}", "train.betas must be in [0, 1), not 1.0"),
-        ("train: {betas: [0.9]}", "train.betas must be two numbers, not [0.9]"),
+        ("train: {betas: [0.9]}", "train.betas must be tuple[float, float], not '[0.9]'"),
         ("train: {save_every: 0}", "train.save_every must be at least 1, not 0"),
         ("train: {keep: 0}", "train.keep must be at least 1, not 0"),
         ("train: {trackers: [tensorboard, tensorboard]}", "train.trackers must be different names"),

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from claver.config import ModelConfig
-from claver.model import build_model, describe_trained, freeze
+from claver.config import ModelConfig, TrainConfig
+from claver.model import build_model, describe_trained, freeze, torch_defaults
+from claver.optimizer import parameter_groups
 from small import small_model
+from torch import nn
 from torch.nn import functional as F
 
 from kronmask import masks
@@ -50,12 +52,8 @@ def test_only_a_learned_temporal_embedding_has_initial_values():
     learned = build_model(small_model(temporal_embedding=True, temporal_std=100.0))
     assert learned.clip.visual.temporal_encoder.embedding.weight.std() > 10
     for other in (False, "rotary"):
-        assert not any(
-            "embedding" in name
-            for name, _ in build_model(
-                small_model(temporal_embedding=other, temporal_std=100.0)
-            ).clip.visual.temporal_encoder.named_parameters()
-        )
+        encoder = build_model(small_model(temporal_embedding=other)).clip.visual.temporal_encoder
+        assert not any("embedding" in name for name, _ in encoder.named_parameters())
 
 
 def test_parameters_of_the_published_model():
@@ -83,3 +81,71 @@ def test_logits_are_float32_under_autocast():
         logits = model.logits(video, text)
         assert model(torch.randn(1, 4, 3, 32, 32), torch.randint(1, 100, (1, 2, 16))).dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, atol=1e-3, rtol=0)
+
+
+def test_the_authors_initial_values_are_those_of_torchs_layers():
+    """Their blocks are nn.MultiheadAttention and an MLP of nn.Linear, which nothing initialises anew."""
+    block = build_model(small_model()).clip.visual.temporal_encoder.blocks[0]
+    torch.manual_seed(5)
+    attention, first, second = nn.MultiheadAttention(32, 2), nn.Linear(32, 128), nn.Linear(128, 32)
+    torch.manual_seed(5)
+    torch_defaults(block)
+    ours = (block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.out_proj.weight, block.attn.out_proj.bias)
+    theirs = (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias)
+    for a, b in zip(
+        (*ours, *block.mlp.parameters()), (*theirs, *first.parameters(), *second.parameters()), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert all(torch.equal(norm.weight, torch.ones(32)) for norm in (block.ln_1, block.ln_2))
+
+
+def test_the_setting_for_the_authors_initial_values_acts_on_the_temporal_blocks_alone():
+    states = []
+    for init in ("random", "torch"):
+        torch.manual_seed(0)
+        states.append(build_model(small_model(init=init)).state_dict())
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed == {name for name in states[0] if ".temporal_encoder.blocks." in name and any(
+        part in name for part in ("in_proj_weight", "out_proj.weight", "mlp.")
+    )}  # fmt: skip
+    weight = build_model(ModelConfig(pretrained=None, init="torch")).clip.visual.temporal_encoder.blocks[3].attn
+    assert weight.in_proj_weight.std().item() == pytest.approx(0.0255, rel=0.01)  # (2 / (4 * 768)) ** .5
+    assert weight.out_proj.weight.std().item() == pytest.approx(0.0208, rel=0.01)  # (1 / (3 * 768)) ** .5
+
+
+@pytest.mark.parametrize("tune", ["full", "temporal"])
+def test_the_authors_rule_of_weight_decay(tune):
+    """All but what has one dimension and position embeddings: their optimizer's filter, put right."""
+    model = build_model(small_model())
+    freeze(model, tune)
+    usual, official = (
+        {
+            id(parameter): group
+            for group in parameter_groups(model, TrainConfig(decay=decay))
+            for parameter in group["params"]
+        }
+        for decay in ("usual", "official")
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert usual.keys() == official.keys() == {id(parameter) for parameter in trained.values()}
+    for name, parameter in trained.items():
+        decays = parameter.ndim != 1 and "positional_embedding" not in name
+        group = official[id(parameter)]
+        assert group["weight_decay"] == (1e-3 if decays else 0)
+        assert group["lr"] == pytest.approx(1.2e-4 if "temporal_" in name else 1.2e-5)
+        assert ("no_decay" in group["name"]) != decays
+    more = {
+        name
+        for name in trained
+        if official[id(trained[name])]["weight_decay"] != usual[id(trained[name])]["weight_decay"]
+    }
+    expected = {"clip.visual.temporal_encoder.embedding.weight", "clip.logit_scale"}
+    assert more == (expected if tune == "full" else {"clip.visual.temporal_encoder.embedding.weight"})
+
+
+def test_a_group_that_only_the_authors_rule_has_is_made():
+    model = build_model(small_model())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("logit_scale" in name)
+    (group,) = parameter_groups(model, TrainConfig(decay="official"))
+    assert (group["name"], group["weight_decay"], len(group["params"])) == ("image", 1e-3, 1)

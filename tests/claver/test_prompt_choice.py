@@ -16,7 +16,16 @@ from claver.model import build_model
 from claver.motions import MOTIONS, MotionDataset
 from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
 from claver.prompt_files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
-from claver.prompts import ACTION_TEMPLATES, KINDS, OBJECT_TEMPLATES, build_prompts, clean_class_name
+from claver.prompts import (
+    ACTION_TEMPLATES,
+    KINDS,
+    NEUTRAL_TEMPLATES,
+    OBJECT_TEMPLATES,
+    OFFICIAL_TEMPLATES,
+    TEMPLATES,
+    build_prompts,
+    clean_class_name,
+)
 from claver.settings import from_dict, load_config, to_dict
 from claver.train import train
 from small import small_config
@@ -37,9 +46,8 @@ def test_the_labels_of_a_known_data_set_bring_its_sentences(dataset):
     assert choice.per_step == 5
     entries = read_prompt_file(shipped_file(dataset)).entries
     assert choice.prompts[16:] == [[entries[name][kind][i] for name in classes] for kind in KINDS for i in range(5)]
-    assert (
-        "16 templates and 20 sentences (5 decomposition, 5 body_parts, 5 synonyms, 5 scene) of the shipped set "
-        f"{dataset}" in (choice.description)
+    assert f"and 20 sentences (5 decomposition, 5 body_parts, 5 synonyms, 5 scene) of the shipped set {dataset}" in (
+        choice.description
     )
     assert "exactly these classes" in choice.description
 
@@ -47,11 +55,11 @@ def test_the_labels_of_a_known_data_set_bring_its_sentences(dataset):
 def test_a_subset_in_another_order_does_too_and_other_labels_do_not():
     some = ["zumba", "archery", "YoYo"]
     assert "no sentences, as none are shipped for these labels" in choose(some).description
-    assert choose(some).prompts == build_prompts(some)
+    assert choose(some).prompts == build_prompts(some, NEUTRAL_TEMPLATES)
     some = some[:2]
     choice = choose(some)
     assert "these 2 among its 400 classes" in choice.description
-    assert choice.prompts[0] == ["a video of a person zumba.", "a video of a person archery."]
+    assert choice.prompts[3] == ["an action: zumba.", "an action: archery."]
     entries = read_prompt_file(shipped_file("kinetics400")).entries
     assert choice.prompts[16] == [entries["zumba"]["decomposition"][0], entries["archery"]["decomposition"][0]]
 
@@ -62,8 +70,58 @@ def test_class_names_alone_and_templates_alone_are_one_setting_away():
     assert names.description == "the class names alone"
     for prompts in ("templates", None):
         assert choose(prompts=prompts).prompts == build_prompts(K400)
-        assert choose(prompts=prompts).description == "16 templates"
+        assert choose(prompts=prompts).description == "16 templates (gerund: 373 of 400 class names have a gerund)"
     assert len(choose(templates=()).prompts) == 20  # sentences alone
+
+
+@pytest.mark.parametrize(
+    ("dataset", "templates", "count"),
+    [
+        ("kinetics400", "gerund", 373),
+        ("kinetics600_zero_shot", "gerund", 206),
+        ("ucf101", "neutral", 50),
+        ("hmdb51", "neutral", 1),
+    ],
+)
+def test_templates_for_gerunds_are_taken_where_most_names_have_one(dataset, templates, count):
+    classes = list(shipped_classes(dataset))
+    choice = choose(classes, prompts="templates")
+    assert choice.prompts == build_prompts(classes, TEMPLATES[templates])
+    assert f"{templates}: {count} of {len(classes)}" in choice.description
+    for name in TEMPLATES:
+        choice = choose(classes, prompts="templates", templates=name)
+        assert (choice.prompts, choice.description) == (
+            build_prompts(classes, TEMPLATES[name]),
+            f"16 templates ({name})",
+        )
+
+
+def test_neither_a_swing_nor_a_ring_is_a_gerund():
+    assert (
+        "0 of 4" in choose(["swing baseball", "still rings", "String", "ringing"[:4]], prompts="templates").description
+    )
+    assert (
+        "4 of 4" in choose(["RockClimbing", "ringing", "tying tie", "arm wrestling"], prompts="templates").description
+    )
+    for few, templates in ((3, "gerund"), (2, "neutral")):  # three quarters
+        names = [*["running", "sitting", "eating"][:few], *["hit", "run"][: 4 - few]]
+        assert f"({templates}: {few} of 4" in choose(names, prompts="templates").description
+
+
+def test_the_authors_templates_are_told_by_their_name():
+    choice = choose(templates="official", kinds=KINDS[:3])
+    assert len(choice.prompts) == 31
+    assert len(set(OFFICIAL_TEMPLATES)) == 16
+    assert [row[0] for row in choice.prompts[:4]] == [
+        "abseiling",
+        "a video of abseiling.",
+        "a video of a person abseiling.",
+        "a example of abseiling.",
+    ]
+    with pytest.raises(
+        ValueError, match="data.templates must be one of gerund, neutral, official or a list, not 'ours'"
+    ):
+        choose(templates="ours")
 
 
 def test_the_demo_trains_on_its_two_templates_alone(tmp_path):
@@ -136,7 +194,7 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     config, _ = run
     train(config)
     printed = capsys.readouterr().out
-    assert "texts: 16 templates and 20 sentences" in printed
+    assert "texts: 16 templates (neutral: 0 of 8 class names have a gerund) and 20 sentences" in printed
     assert "of the shipped set hmdb51" in printed
     assert "these 8 among its 51 classes; 2 of 36 drawn each step" in printed
     checkpoint = f"{config.run_dir}/best.safetensors"
@@ -147,14 +205,19 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.prompts=names"]) == 0
     assert "texts of 8 classes: the class names alone" in capsys.readouterr().err
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, "--data.kinds=[scene]"]) == 0
-    assert "16 templates and 5 sentences (5 scene)" in capsys.readouterr().err
+    assert (
+        "16 templates (neutral: 0 of 8 class names have a gerund) and 5 sentences (5 scene)" in capsys.readouterr().err
+    )
 
     other = tmp_path / "labels.csv"  # zero-shot: other classes bring other texts
     with other.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "name"), *enumerate(shipped_classes("ucf101"))])
     assert claver_k400.main(["eval", "--checkpoint", checkpoint, f"--data.labels={other}"]) == 0
     printed = capsys.readouterr()
-    assert "texts of 101 classes: 16 templates and 20 sentences" in printed.err
+    assert (
+        "texts of 101 classes: 16 templates (neutral: 50 of 101 class names have a gerund) and 20 sentences"
+        in printed.err
+    )
     assert json.loads(printed.out.splitlines()[-1])["videos"] == 8
 
     video = f"{config.data.root}/videos/test_00000.mp4"
@@ -163,7 +226,10 @@ def test_training_and_evaluation_say_which_texts_they_take(run, capsys, tmp_path
     )
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 102
-    assert "texts of 101 classes: 16 templates and 20 sentences" in printed.err
+    assert (
+        "texts of 101 classes: 16 templates (neutral: 50 of 101 class names have a gerund) and 20 sentences"
+        in printed.err
+    )
 
 
 def test_class_names_alone_are_trained_on_without_further_settings(run, capsys):
@@ -219,7 +285,10 @@ def test_prediction_of_other_classes_keeps_names_and_templates_but_no_sentences_
     assert "the class names alone" in texts()
     assert "20 sentences" in texts("--data.prompts=kinetics400")
     file = tmp_path / "c.yaml"
-    for prompts, said in (("templates", "16 templates\n"), ("hmdb51", "of the shipped set kinetics400")):
+    for prompts, said in (
+        ("templates", "16 templates (neutral: 0 of 2 class names have a gerund)\n"),
+        ("hmdb51", "of the shipped set kinetics400"),
+    ):
         values = to_dict(config) | {"data": to_dict(config)["data"] | {"prompts": prompts}}
         file.write_text(json.dumps(values))  # JSON is YAML
         assert said in texts("--config", str(file))

@@ -12,9 +12,9 @@ import torch
 from claver.motions import MOTIONS
 from claver.prompt_files import MOTION_PROMPTS, load_prompts
 from claver.prompts import (
-    ACTION_TEMPLATES,
     KINDS,
     OBJECT_TEMPLATES,
+    TEMPLATES,
     build_prompts,
     clean_class_name,
     draw_prompts,
@@ -55,8 +55,8 @@ def test_a_class_name_without_letters_is_refused() -> None:
 
 
 def test_there_are_sixteen_different_action_templates() -> None:
-    assert len(set(ACTION_TEMPLATES)) == 16
-    assert all(template.count("{}") == 1 for template in ACTION_TEMPLATES + OBJECT_TEMPLATES)
+    assert all(len(set(templates)) == 16 for templates in TEMPLATES.values())
+    assert all(template.count("{}") == 1 for template in sum(TEMPLATES.values(), OBJECT_TEMPLATES))
 
 
 def test_prompts_are_templates_then_sentences_of_each_kind() -> None:

@@ -165,6 +165,19 @@ def test_accumulated_steps_have_the_gradient_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_the_logit_scale_has_a_bound_or_none(tmp_path):
+    config = small_config(tmp_path, epochs=1)
+    scales = {}
+    for bound in (100.0, 2.0, None):
+        settings = dataclasses.replace(config.train, max_logit_scale=bound)
+        model = dataclasses.replace(config.model, logit_scale=1000.0)
+        run = train(dataclasses.replace(config, run_dir=str(tmp_path / str(bound)), model=model, train=settings))
+        scales[bound] = run.model.clip.logit_scale.exp().item()
+    assert 99 < scales[100.0] <= 100.001
+    assert 1.9 < scales[2.0] <= 2.001
+    assert scales[None] > 900
+
+
 def test_evaluation_sees_each_video_once_in_the_order_of_the_list(tmp_path):
     config = small_config(tmp_path, num_test=8)
     run = train(config)
