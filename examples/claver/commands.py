@@ -1,82 +1,22 @@
-"""The commands of `claver_k400.py`: what each is given, runs and prints."""
+"""The commands of `claver_k400.py`, and those among them that train, evaluate and look at lists of videos."""
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from . import DEMO_CHECKPOINT, check_demo_checkpoint, prompt_command
+from . import model_commands, prompt_command
 from .command_line import Command, Given, Group
 
 if TYPE_CHECKING:
     from .config import Config
-    from .evaluate import Evaluation
     from .model import Claver
     from .prompt_choice import Choice
 
-__all__ = ["COMMANDS", "Loaded", "open_checkpoint", "texts_of"]
-
-# ---- checkpoints and the settings that are given with them --------------------------------------------------------------
-
-# what the weights of a checkpoint are for
-MODEL = ("name", "quick_gelu", "embed_dim", "vision", "text", "frames", "attention", "window", "sink", "placement", "layers",
-         "temporal_embedding")  # fmt: skip
-PIXELS = ("augment.size", "augment.short_side", "augment.mean", "augment.std")
-TEXTS = ("data.labels", "data.prompts", "data.kinds", "data.per_kind", "data.templates")
-BOUND = tuple(f"model.{name}" for name in MODEL)
-
-
-class Loaded(NamedTuple):
-    """A checkpoint that is ready: its model in evaluation mode, what else is in it, and the configuration that holds."""
-
-    model: Claver
-    content: dict[str, Any]
-    config: Config
-
-
-def open_checkpoint(path: str, given: Given, *, force: bool = False) -> Loaded:
-    """The model of a checkpoint, under its own settings with those that are given laid over them.
-
-    Raises:
-        CheckpointError: no checkpoint, or one whose model is another than the settings say and `force` is not set.
-        ValueError: settings that are wrong; or the demo's checkpoint, which is not there yet.
-    """
-    from .checkpoint import CheckpointError, load_checkpoint, load_model
-    from .settings import from_dict, merge
-
-    check_demo_checkpoint(path)
-    settings = merge(load_checkpoint(path)["config"], given.values)
-    if "attention" not in settings["model"]:
-        raise CheckpointError(
-            f"{path}: an official checkpoint that does not say which mask it has; pass --model.attention"
-        )
-    config = from_dict(settings, path)
-    model, content = load_model(path, config, force=force)
-    return Loaded(model.to("cuda" if torch.cuda.is_available() else "cpu"), content, config)
-
-
-def texts_of(loaded: Loaded, given: Given, classes: list[str] | None = None, *, need_labels: bool = False) -> Choice:
-    """The texts that a checkpoint's videos are compared with: of `classes`, of the file of labels if one is given, or its own."""
-    from accelerate import PartialState
-
-    from .lists import read_labels
-    from .prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
-
-    if classes is None and "data.labels" in given.typed and not need_labels:
-        classes = read_labels(loaded.config.data.labels)
-    if classes is not None and classes != loaded.content.get("classes"):
-        choice = choose_prompts_of_others(loaded.config, classes, keep="data.prompts" in given.typed)
-    else:
-        choice = choose_prompts_of_checkpoint(loaded.config, loaded.content, need_labels=need_labels)
-    PartialState().print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
-    return choice
-
-
-# ---- commands -----------------------------------------------------------------------------------------------------------
+__all__ = ["COMMANDS"]
 
 
 def demo(
@@ -112,125 +52,281 @@ def train(given: Given, *, resume: bool = False, init_from: str | None = None) -
         init_from: checkpoint, ours or the authors', whose weights are those of step 0.
     """
     from .checkpoint import load_model
+    from .config import by_split
+    from .prompt_choice import choose_prompts_of_checkpoint
     from .run_folder import BEST
     from .settings import from_dict
-    from .train import run_evaluation
-    from .train import train as run_training
+    from .train import train as run
 
-    config = from_dict(given.values, "the configuration")
-    run = run_training(config, resume=resume, init_from=init_from)
-    model, content = load_model(run.folder / BEST)
-    _print_evaluation(run_evaluation(config, model, run.tokens), f"{BEST}, of epoch {content['epoch']}", run.folder)
+    splits = by_split(from_dict(given.values, "the configuration"))
+    folder = run(next(iter(splits.values())), resume=resume, init_from=init_from).folder
+    model, content = load_model(folder / BEST)
+    choices = {split: choose_prompts_of_checkpoint(config, content) for split, config in splits.items()}
+    about = {"checkpoint": f"{BEST}, of epoch {content['epoch']}"}
+    _evaluate(model, {split: (splits[split], choices[split]) for split in splits}, about, folder)
     return 0
 
 
-def evaluate(given: Given, *, checkpoint: str, force: bool = False) -> int:
+def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bool = False) -> int:
     """Evaluate a checkpoint multi-view, under the settings of its training unless others are given.
 
     Args:
-        checkpoint: of this program, or an official one.
+        checkpoint: of this program, an official one, or hf://owner/name.
+        out: folder for accuracy by class, confusions and predictions.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .train import run_evaluation, tokens_of
+    from .config import by_split
+    from .loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given, force=force)
-    choice = texts_of(loaded, given, need_labels=True)
-    _print_evaluation(run_evaluation(loaded.config, loaded.model, tokens_of(choice.prompts, loaded.model)), checkpoint)
+    if "augment.short_side" in given.typed and loaded.config.test.crops == 3:
+        raise ValueError(
+            "augment.short_side has no effect with test.crops 3, whose frames have a short side of augment.size"
+        )
+    splits = by_split(loaded.config)
+    choices = {
+        split: texts_of(loaded._replace(config=config), given, need_labels=True) for split, config in splits.items()
+    }
+    about = {"checkpoint": checkpoint}
+    _evaluate(
+        loaded.model, {split: (splits[split], choices[split]) for split in splits}, about, Path(out) if out else None
+    )
     return 0
 
 
-def predict(
-    given: Given,
-    videos: list[str],
-    *,
-    checkpoint: str = DEMO_CHECKPOINT,
-    classes: list[str] | None = None,
-    top: int = 5,
-    json: bool = False,
-    annotate: str | None = None,
-    overwrite: bool = False,
-    force: bool = False,
-) -> int:
-    """Print the likeliest classes of videos.
+def _evaluate(
+    model: Claver, splits: dict[str, tuple[Config, Choice]], about: dict[str, Any], folder: Path | None
+) -> dict[str, Any]:
+    """Evaluate on each split; print the numbers as a line of JSON, and write reports if there is a folder for them."""
+    from accelerate import PartialState
 
-    Args:
-        videos: files, folders, and patterns such as "clips/*.mp4".
-        checkpoint: of this program, or an official one.
-        classes: names in place of those of the training, as "juggling" "waving"; --data.labels takes a CSV of id,name.
-        top: classes to print.
-        json: print a JSON object a line.
-        annotate: mp4 file to write the frames to, over the likeliest classes so far.
-        overwrite: replace that file.
-        force: take the settings that are given even where the weights were trained under others.
-    """
-    from .predict import predict as run
+    from .files import replace_file
+    from .reports import numbers, over_splits, write_report
+    from .train import run_evaluation, tokens_of
+    from .videos import read_videos
 
-    loaded = open_checkpoint(checkpoint, given, force=force)
-    choice = texts_of(loaded, given, classes)
-    return run(
-        videos,
-        model=loaded.model,
-        config=loaded.config,
-        classes=choice.classes,
-        prompts=choice.prompts,
-        top=top,
-        json_lines=json,
-        annotated=annotate,
-        overwrite=overwrite,
-    )
+    results: dict[str, dict[str, Any]] = {}
+    main = PartialState().is_main_process
+    for split, (config, choice) in splits.items():
+        videos = read_videos(config.data.test_list, config.data.root, choice.classes)
+        header = _header(config, choice) | {"list": videos.hash}
+        PartialState().print(f"{split or 'test'}: {len(videos.samples)} videos; {json.dumps(header)}", file=sys.stderr)
+        evaluation = run_evaluation(config, model, tokens_of(choice.prompts, model), choice.classes)
+        results[split] = numbers(evaluation)
+        for name, reason in evaluation.broken:
+            PartialState().print(f"counted as wrong: {name}: {reason}", file=sys.stderr)
+        if folder and main:
+            write_report(folder / split, evaluation, choice.classes, videos.samples, about | header)
+    if list(results) == [""]:
+        result = about | results[""]
+    else:
+        summary = next(iter(splits.values()))[0].test.summary
+        result = about | {"splits": results} | over_splits(results, summary)
+        if folder and main:
+            with replace_file(folder / "results.json") as partial_file:
+                partial_file.write_text(json.dumps(result, indent=2) + "\n")
+    if main:
+        print(json.dumps(result))
+    return result
 
 
-def export(
+def _header(config: Config, choice: Choice) -> dict[str, Any]:
+    """What a number depends on, beside the weights and the list."""
+    model, test = config.model, config.test
+    mask = model.attention + (f", window {model.window}, sink {model.sink}" if model.window or model.sink else "")
+    return {
+        "classes": len(choice.classes),
+        "prompts": len(choice.prompts),
+        "texts": choice.description,
+        "mask": mask,
+        "placement": model.placement,
+        "frames": model.frames,
+        "pixels": config.augment.size,
+        "mean": [round(value, 4) for value in config.augment.mean],
+        "std": [round(value, 4) for value in config.augment.std],
+        "views": f"{test.clips} clips x {test.crops} crops",
+    }
+
+
+def wise_ft(
     given: Given,
     *,
     checkpoint: str,
     out: str,
-    classes: list[str] | None = None,
-    overwrite: bool = False,
-    force: bool = False,
+    source: str | None = None,
+    alphas: list[float] | None = None,
+    zero_shot: list[str] | None = None,
 ) -> int:
-    """Write the two towers as programs of torch.export, and compare them with the model.
+    """Evaluate weights between a pretrained and a tuned model, on the tuned task and on others.
 
     Args:
-        checkpoint: of this program, or an official one.
-        out: folder to write.
-        classes: names in place of those of the training; --data.labels takes a CSV of id,name.
-        overwrite: replace what was exported there before.
-        force: take the settings that are given even where the weights were trained under others.
+        checkpoint: the tuned model.
+        out: folder for wise_ft.json and wise_ft.png.
+        source: checkpoint before the tuning; without one the open_clip model of model.name and model.pretrained, frame by frame.
+        alphas: shares of the tuned weights; 0 to 1 in steps of a tenth if none is given.
+        zero_shot: configurations of the other tasks, as zero_shot_hmdb51; their data sections are taken.
     """
-    from .export import export as run
+    from .checkpoint import load_checkpoint
+    from .config import by_split
+    from .loading import open_checkpoint, texts_of
+    from .settings import find_config, from_dict, merge, read_yaml, to_dict
+    from .wise_ft import pretrained_state, sweep
 
-    loaded = open_checkpoint(checkpoint, given, force=force)
-    choice = texts_of(loaded, given, classes)
-    folder = run(
-        loaded.model, out, config=loaded.config, classes=choice.classes, prompts=choice.prompts, overwrite=overwrite
-    )
-    print(f"exported to {folder}")
+    loaded = open_checkpoint(checkpoint, given)
+    before = load_checkpoint(source)["model"] if source else pretrained_state(loaded.config.model)
+    tasks = {"tuned task": (loaded.config, given)}
+    for name in zero_shot or ():
+        values = {key: value for key, value in read_yaml(find_config(name)).items() if key in ("data", "test")}
+        typed = tuple(f"data.{key}" for key in values.get("data", {}))
+        config = from_dict(merge(to_dict(loaded.config), values), name)
+        tasks[Path(name).stem] = (config, Given(values, typed))
+    runs = {}
+    for task, (config, settings) in tasks.items():
+        splits = {
+            split: (one, texts_of(loaded._replace(config=one), settings, need_labels=True))
+            for split, one in by_split(config).items()
+        }
+        runs[task] = partial(_evaluate, splits=splits, about={"task": task}, folder=None)
+    shares = [share / 10 for share in range(11)] if alphas is None else alphas
+    sweep(loaded.model, before, shares, runs, out)
+    print(f"written to {Path(out) / 'wise_ft.json'} and {Path(out) / 'wise_ft.png'}")
     return 0
 
 
-def _print_evaluation(evaluation: Evaluation, what: str, folder: Path | None = None) -> None:
-    from accelerate import PartialState
+def order(
+    runs: list[str],
+    *,
+    control: list[str] | None = None,
+    opposites: str | None = None,
+    out: str | None = None,
+) -> int:
+    """Ask whether models know the order of frames: clips forwards, backwards and shuffled.
 
-    result = {
-        "checkpoint": what,
-        "top1": evaluation.top(1),
-        "top5": evaluation.top(5),
-        "videos": len(evaluation.labels),
-    }
-    if PartialState().is_main_process:
-        print(json.dumps(result))
-        if folder:
-            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    Args:
+        runs: checkpoints, or folders of runs, of several seeds.
+        control: the same of runs that are blind to order.
+        opposites: CSV of class,opposite; the motions of the demo if none is given.
+        out: JSON file for the numbers.
+    """
+    from .order import order as run
+    from .order import read_opposites
+
+    run(runs, control=control or (), opposites=read_opposites(opposites) if opposites else None, out=out)
+    return 0
 
 
-LISTS = ("data.root", "data.test_list", "data.num_workers", "data.cache")
+def scan(given: Given, *, deep: bool = False, processes: int | None = None, out: str | None = None) -> int:
+    """Look at every video of the lists, and print what is missing, broken, short or there twice.
+
+    Args:
+        deep: decode every frame; otherwise packets are counted and the first frame is decoded.
+        processes: that decode; one for each processor if not given.
+        out: JSON file for the whole report; scan.json in the run folder if not given.
+    """
+    from .config import by_split
+    from .scan import scan as run
+    from .settings import from_dict
+
+    splits = by_split(from_dict(given.values, "the configuration"))
+    if len(splits) > 1 and out:
+        raise ValueError("--out is one file, but there are several splits; leave it out, and each has its own")
+    status = 0
+    for split, config in splits.items():
+        output = str(Path(config.run_dir) / f"scan_{split}.json") if split else out
+        status |= run(config, deep=deep, processes=processes, output=output)
+    return status
+
+
+def shards(
+    given: Given,
+    folder: str,
+    *,
+    which: Literal["train", "test"] = "train",
+    per_shard: int = 1000,
+    shuffle: bool | None = None,
+) -> int:
+    """Pack the videos of a list into WebDataset shards, as they are.
+
+    Args:
+        folder: to write; it must be empty or not there.
+        which: train or test.
+        per_shard: videos of a shard.
+        shuffle: pack them in random order, as training from shards needs it; by default those of train.
+    """
+    from .pack import pack
+    from .settings import from_dict
+
+    config = from_dict(given.values, "the configuration")
+    return pack(config, folder=folder, which=which, per_shard=per_shard, shuffle=shuffle)
+
+
+def few_shot_list(given: Given, *, out: str, shots: list[int] | None = None, base_to_novel: bool = False) -> int:
+    """Draw few-shot lists from the training list, by the seed.
+
+    Args:
+        out: folder to write; lists are named after the training list, as train1_few_shot_2.txt.
+        shots: videos of each class; 2, 4, 8 and 16 if none is given.
+        base_to_novel: also divide the classes in two, and write their labels, few-shot lists and test lists, as labels_base.csv.
+    """
+    from .config import by_split
+    from .few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
+    from .lists import read_labels
+    from .settings import from_dict
+    from .videos import read_videos
+
+    written = []
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for config in by_split(from_dict(given.values, "the configuration")).values():
+        data = config.data
+        classes, numbers = read_labels(data.labels), shots or [2, 4, 8, 16]
+        train_list = read_videos(data.train_list, data.root, classes).samples
+        stem, seed = Path(data.train_list).stem, config.seed
+        for number in numbers:
+            written.append(folder / f"{stem}_few_shot_{number}.txt")
+            write_list(written[-1], draw_few_shot(train_list, classes, number, seed), data.root)
+        if not base_to_novel:
+            continue
+        test_list = read_videos(data.test_list, data.root, classes).samples
+        for part, labels in zip(("base", "novel"), base_and_novel(train_list, len(classes)), strict=True):
+            names = [classes[label] for label in labels]
+            written += [folder / f"labels_{part}.csv", folder / f"test_{part}.txt"]
+            write_classes(written[-2], names)
+            write_list(written[-1], of_classes(test_list, labels), data.root)
+            for number in numbers if part == "base" else ():
+                written.append(folder / f"train_base_few_shot_{number}.txt")
+                write_list(written[-1], draw_few_shot(of_classes(train_list, labels), names, number, seed), data.root)
+    for path in written:
+        print(path)
+    return 0
+
+
+# what the weights of a checkpoint are for
+MODEL = ("name", "quick_gelu", "embed_dim", "vision", "text", "frames", "attention", "window", "sink", "placement", "layers",
+         "temporal_embedding")  # fmt: skip
+BOUND = tuple(f"model.{name}" for name in MODEL)
+PIXELS = ("augment.size", "augment.short_side", "augment.mean", "augment.std")
+TEXTS = ("data.labels", "data.prompts", "data.kinds", "data.per_kind", "data.templates")
+VIEWS = ("test.clips", "test.crops")
+LISTS = ("data.root", "data.test_list", "data.splits", "data.num_workers", "data.cache")
+EVALUATION = (*LISTS, *TEXTS, *PIXELS, *BOUND, "test.", "train.precision")
+VIDEOS = ("data.root", "data.train_list", "data.test_list", "data.splits", "data.labels")
+
 COMMANDS: dict[str, Command | Group] = {
     "demo": Command(demo),
     "train": Command(train, ("run_dir", "seed", "data.", "model.", "augment.", "train.", "test.")),
-    "eval": Command(evaluate, (*LISTS, *TEXTS, *PIXELS, *BOUND, "test.", "train.precision")),
-    "predict": Command(predict, (*TEXTS, *PIXELS, *BOUND, "test.clips", "test.crops")),
-    "export": Command(export, (*TEXTS, *PIXELS, *BOUND)),
+    "eval": Command(evaluate, EVALUATION),
+    "predict": Command(model_commands.predict, (*TEXTS, *PIXELS, *BOUND, *VIEWS)),
+    "scan": Command(scan, (*VIDEOS, "run_dir", "model.frames")),
+    "shards": Command(shards, (*VIDEOS, "seed")),
+    "few-shot-list": Command(few_shot_list, (*VIDEOS, "seed")),
+    "wise-ft": Command(wise_ft, (*EVALUATION, "model.pretrained")),
+    "order": Command(order),
+    "features": Command(model_commands.features, (*PIXELS, *BOUND, *VIEWS)),
+    "retrieve": Command(model_commands.retrieve, (*PIXELS, *BOUND, *VIEWS)),
+    "convert": Command(model_commands.convert, (*TEXTS, *PIXELS, *BOUND)),
+    "export": Command(model_commands.export, (*TEXTS, *PIXELS, *BOUND)),
+    "push": Command(model_commands.push, (*TEXTS, *PIXELS, *BOUND)),
     "prompts": {
         "make": Command(prompt_command.make),
         "check": Command(prompt_command.check),

@@ -5,13 +5,13 @@ jsonargparse makes the options of the command line, their help and their types o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .augment import AugmentConfig
 from .prompts import KINDS, TEMPLATES
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig"]
+__all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "by_split"]
 
 WINDOWED = ("causal", "kmct")
 
@@ -26,6 +26,7 @@ class DataConfig:
             class; or WebDataset shards (a folder, a glob, or shards-{000000..000009}.tar).
         test_list: videos to evaluate on, likewise.
         labels: CSV of id,name.
+        splits: names that take the place of {split} in these paths; evaluation goes over all, training takes the first.
         prompts: sentences that join the templates: "auto" those that are shipped for the data set whose classes `labels` has, if
             there are any; a data set's name those of that one; a path those of a file; "templates" (or null) none; "names" makes
             the bare class names the only texts.
@@ -43,6 +44,7 @@ class DataConfig:
     train_list: str = "data/k400/train.txt"
     test_list: str = "data/k400/val.txt"
     labels: str = "data/k400/labels.csv"
+    splits: tuple[str, ...] | None = None
     prompts: str | None = "auto"
     kinds: tuple[str, ...] | None = None
     per_kind: int | None = None
@@ -53,6 +55,14 @@ class DataConfig:
     max_broken: float = 0.01
 
     def __post_init__(self) -> None:
+        paths = (self.train_list, self.test_list, self.labels)
+        if (self.splits is not None) != any("{split}" in path for path in paths):
+            raise ValueError(
+                f"data.splits is {self.splits and list(self.splits)}, and {{split}} stands in "
+                f"{', '.join(path for path in paths if '{split}' in path) or 'none of the paths'}: give both or neither"
+            )
+        if self.splits is not None and (not self.splits or len(set(self.splits)) < len(self.splits)):
+            raise ValueError(f"data.splits must be one or more different names, not {list(self.splits)}")
         _choice("data.broken", self.broken, ("refuse", "skip"))
         if not 0 <= self.max_broken < 1:
             raise ValueError(f"data.max_broken must be a share from 0 to less than 1, not {self.max_broken}")
@@ -249,6 +259,7 @@ class TestConfig:
         clips: views in time.
         crops: views in space, 1 (the centre) or 3 (along the longer side).
         batch_size: videos.
+        summary: of several splits: mean, with the standard deviation; or harmonic, as of base and novel classes.
         broken: videos that cannot be read: refuse; or wrong, and they count as wrong, and are listed.
     """
 
@@ -257,9 +268,11 @@ class TestConfig:
     clips: int = 4
     crops: int = 3
     batch_size: int = 8
+    summary: str = "mean"
     broken: str = "refuse"
 
     def __post_init__(self) -> None:
+        _choice("test.summary", self.summary, ("mean", "harmonic"))
         _choice("test.broken", self.broken, ("refuse", "wrong"))
         if self.crops not in (1, 3):
             raise ValueError(f"test.crops must be 1 (the centre) or 3 (along the longer side), not {self.crops}")
@@ -289,6 +302,18 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+
+def by_split(config: Config) -> dict[str, Config]:
+    """For each of `data.splits` the configuration with its paths; the configuration itself, as "", if it has no splits."""
+    if config.data.splits is None:
+        return {"": config}
+    found = {}
+    for split in config.data.splits:
+        names = ("train_list", "test_list", "labels")
+        paths = {name: getattr(config.data, name).replace("{split}", split) for name in names}
+        found[split] = replace(config, data=replace(config.data, splits=None, **paths))
+    return found
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...], others: str = "") -> None:

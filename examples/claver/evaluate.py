@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from .text import encode_prompts
 __all__ = [
     "Evaluation",
     "class_probabilities",
+    "class_scores",
     "encode_prompts",
     "evaluate",
     "feature_probabilities",
@@ -34,11 +35,13 @@ class Evaluation:
 
     Attributes:
         probabilities: float32 `(videos, C)`, averaged over prompts and views, in the order of the list.
+        logits: float32 `(videos, C)`, likewise.
         labels: int64 `(videos,)`.
         broken: `(name, reason)` of the videos that could not be read, in this order too; their probabilities are 0.
     """
 
     probabilities: Tensor
+    logits: Tensor
     labels: Tensor
     broken: tuple[tuple[str, str], ...] = ()
 
@@ -55,6 +58,11 @@ class Evaluation:
         likeliest = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
         return ((likeliest == self.labels[:, None]).any(1) & self.readable).float().mean().item()
 
+    def mean_class(self) -> float:
+        """Mean over the classes that have videos of the share of theirs that is right, 0 to 1."""
+        counts = torch.bincount(self.labels, minlength=self.probabilities.shape[1])
+        return (self.confusion().diagonal()[counts > 0] / counts[counts > 0]).mean().item()
+
     def confusion(self) -> Tensor:
         """Counts `(C, C)`, true classes in rows and predicted ones in columns, of the videos that could be read."""
         classes = self.probabilities.shape[1]
@@ -65,8 +73,15 @@ class Evaluation:
 @torch.no_grad()
 def class_probabilities(model: Claver, video: Tensor, text_features: Tensor) -> Tensor:
     """Probabilities `(B, C)` of videos `(B, V, T, 3, H, W)`: softmax over classes, averaged over prompts and views."""
+    return class_scores(model, video, text_features)[0]
+
+
+@torch.no_grad()
+def class_scores(model: Claver, video: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and logits `(B, C)` of videos `(B, V, T, 3, H, W)`, each averaged over prompts and views."""
     features = model.encode_video(rearrange(video, "b v t c h w -> (b v) t c h w"))
-    return reduce(feature_probabilities(model, features, text_features), "(b v) c -> b c", "mean", v=video.shape[1])
+    logits = rearrange(model.logits(features, text_features), "(b v) a c -> b (v a) c", v=video.shape[1])
+    return logits.softmax(-1).mean(1), logits.mean(1)
 
 
 @torch.no_grad()
@@ -100,7 +115,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    found: list[tuple[int, int, Tensor]] = []
+    found: list[tuple[int, int, Tensor, Tensor]] = []
     errors: list[tuple[str, str]] = []
     with accelerator.autocast():
         text_features = encode_prompts(model, tokens)
@@ -108,23 +123,27 @@ def evaluate(
         for batch in tqdm(loader, desc=progress, unit="batch", disable=silent, leave=False):
             errors += batch["errors"]
             if len(batch["index"]):
-                probabilities = class_probabilities(model, batch["video"].to(accelerator.device), text_features).cpu()
-                found += zip(batch["index"].tolist(), batch["label"].tolist(), probabilities, strict=True)
+                scores = class_scores(model, batch["video"].to(accelerator.device), text_features)
+                found += zip(
+                    batch["index"].tolist(), batch["label"].tolist(), *(score.cpu() for score in scores), strict=True
+                )
     model.train(training)
     if accelerator.num_processes > 1:
         found, errors = gather_object(found), gather_object(errors)
     assert isinstance(loader.dataset, TestDataset)
     samples, reasons = loader.dataset.samples, dict(errors)
     expected = len(samples)
-    unread = sorted(set(range(expected)) - {index for index, _, _ in found})
+    unread = sorted(set(range(expected)) - {index for index, *_ in found})
     if unread and (broken == "refuse" or len(unread) == expected):
         raise broken_files(sorted(errors), expected)
-    found += [(i, samples[i].label, torch.zeros(tokens.shape[1])) for i in unread]
+    nothing = torch.zeros(tokens.shape[1])
+    found += [(i, samples[i].label, nothing, nothing) for i in unread]
     found.sort(key=lambda item: item[0])
-    assert [index for index, _, _ in found] == list(range(expected)), "a video was evaluated twice or not at all"
+    assert [index for index, *_ in found] == list(range(expected)), "a video was evaluated twice or not at all"
     return Evaluation(
-        torch.stack([p for _, _, p in found]),
-        torch.tensor([label for _, label, _ in found]),
+        torch.stack([probabilities for _, _, probabilities, _ in found]),
+        torch.stack([logits for *_, logits in found]),
+        torch.tensor([label for _, label, _, _ in found]),
         tuple((name, reasons[name]) for name in (str(samples[i].path) for i in unread)),
     )
 

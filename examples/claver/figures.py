@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_confusion", "plot_curves", "plot_film_strips", "plot_probabilities", "plot_results"]
+__all__ = ["plot_confusion", "plot_curves", "plot_film_strips", "plot_probabilities", "plot_results", "plot_tradeoff"]
 
 DPI = 150
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#dddddd"
@@ -119,8 +119,9 @@ def plot_confusion(
                 f"{counts.shape}"
             )
 
-    cell = 0.42 if classes <= 12 else max(4.5 / classes, 0.16)
-    label_room = 0.062 * max(map(len, names)) + 0.45
+    named = classes <= 120  # the names of more would make the picture larger than a page
+    cell = 0.42 if classes <= 12 else max(4.5 / classes, 0.16) if named else 10 / classes
+    label_room = 0.062 * max(map(len, names)) + 0.45 if named else 0.5
     side, gap, head = cell * classes, 0.35, 0.75 if title else 0.4
     figure = _figure(label_room + len(matrices) * (side + gap), head + side + label_room)
     _title(figure, title)
@@ -135,11 +136,12 @@ def plot_confusion(
                 share = shares[true, guess]
                 color = "white" if share > 0.55 else INK
                 axes.text(guess, true, f"{share * 100:.0f}", ha="center", va="center", fontsize=8, color=color)
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=8, color=INK)
-        axes.set_yticks(range(classes), names if place == 0 else [""] * classes, fontsize=8, color=INK)
-        axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=1)
+        if named:
+            axes.set_xticks(range(classes), names, rotation=90, fontsize=8, color=INK)
+            axes.set_yticks(range(classes), names if place == 0 else [""] * classes, fontsize=8, color=INK)
+            axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
+            axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
+            axes.grid(which="minor", color="white", linewidth=1)
         axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("predicted, % of the true class", fontsize=8, color=MUTED)
@@ -246,6 +248,35 @@ def plot_results(
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.axvline(0, color=MUTED, linewidth=1)
+    _save(figure, path)
+
+
+def plot_tradeoff(records: Sequence[Mapping[str, float]], path: FilePath) -> None:
+    """Draws accuracy on a tuned task against accuracy on others, a point for each share of the tuned weights.
+
+    Args:
+        records: `{alpha, task: accuracy, ...}`, accuracies 0 to 1; the first task is the tuned one.
+        path: file to write.
+
+    Raises:
+        ValueError: no records, or fewer than two tasks.
+    """
+    names = [name for name in records[0] if name != "alpha"] if records else []
+    if len(names) < 2:
+        raise ValueError(f"a trade-off needs records of two tasks or more, got {names}")
+    tuned, others = names[0], names[1:]
+    figure = _figure(5.6, 4.2)
+    axes: Any = figure.add_axes(_box(figure, 0.75, 0.6, 4.5, 3.2))
+    for color, name in zip(PALETTE, others, strict=False):
+        points = [(record[name], record[tuned]) for record in records]
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name)
+        for record, point in zip(records, points, strict=True):
+            axes.annotate(f"{record['alpha']:g}", point, (4, 4), textcoords="offset points", fontsize=7, color=MUTED)
+    axes.set_xlabel("top-1 on what was not trained on", fontsize=9, color=MUTED)
+    axes.set_ylabel(f"top-1, {tuned}", fontsize=9, color=MUTED)
+    _title(figure, "Weights between the pretrained model (0) and the tuned one (1)")
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from .tars import Member
 
-__all__ = ["VIDEO_ENDINGS", "DatasetError", "Sample", "list_hash", "read_labels", "read_list"]
+__all__ = ["VIDEO_ENDINGS", "DatasetError", "Sample", "csv_rows", "list_hash", "read_labels", "read_list"]
 
 VIDEO_ENDINGS = (
     ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv",
@@ -52,7 +52,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     names: dict[int, str] = {}
     seen: dict[str, int] = {}
     problems = []
-    for line, row in _csv_rows(path, ["id", "name"], further=True):
+    for line, row in csv_rows(path, ["id", "name"], further=True):
         number, name = _integer(row[0]), row[1].strip() if len(row) == 2 else ""
         if len(row) != 2:
             problems.append((f"line {line}", f"expected id,name, got {len(row)} fields (quote a name with a comma)"))
@@ -89,7 +89,7 @@ def read_list(
     """
     path = Path(path)
     if path.suffix.lower() == ".csv":
-        rows = _csv_rows(path, ["path", "label"])
+        rows = csv_rows(path, ["path", "label"])
     else:
         rows = [(i, line.rsplit(maxsplit=1)) for i, line in enumerate(_lines(path), 1) if line.strip()]
     samples, problems = [], []
@@ -130,9 +130,7 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
         raise DatasetError(f"{path}: cannot be read ({error})") from error
 
 
-def _csv_rows(
-    path: str | os.PathLike[str], columns: list[str], *, further: bool = False
-) -> list[tuple[int, list[str]]]:
+def csv_rows(path: str | os.PathLike[str], columns: list[str], *, further: bool = False) -> list[tuple[int, list[str]]]:
     """The rows below the header, which must be `columns`, each with its line number.
 
     With `further` there may be more columns after these; they are cut off from the rows that have them all. Between columns is

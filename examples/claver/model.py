@@ -75,7 +75,7 @@ def build_model(config: ModelConfig) -> Claver:
 
     Raises:
         ImportError: open_clip is not installed.
-        ValueError, RuntimeError: open_clip does not know the model or its weights.
+        ValueError: open_clip does not know the model or its weights, or cannot get them.
     """
     try:
         import open_clip
@@ -86,7 +86,11 @@ def build_model(config: ModelConfig) -> Claver:
         vision, text = CLIPVisionCfg(**config.vision), CLIPTextCfg(**(config.text or {}))
         clip: Any = open_clip.CLIP(config.embed_dim, copy.deepcopy(vision), text, quick_gelu=config.quick_gelu)
     else:
-        clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+        try:
+            clip = open_clip.create_model(config.name, pretrained=config.pretrained, force_quick_gelu=config.quick_gelu)
+        except RuntimeError as error:  # an unknown name, a download that failed, a file of another model
+            weights = f" with the weights {config.pretrained}" if config.pretrained else ""
+            raise ValueError(f"open_clip cannot make {config.name}{weights}: {error}") from error
     windowed = config.window is not None or config.sink
     mask = (
         partial(masks.NAMES[config.attention], window=config.window, sink=config.sink) if windowed else config.attention

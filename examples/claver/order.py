@@ -19,13 +19,14 @@ from .config import DataConfig
 from .evaluate import Evaluation
 from .files import replace_file
 from .hub import fetch
+from .lists import DatasetError, csv_rows
 from .model import Claver
 from .motions import MOTIONS, opposite
 from .prompt_choice import choose_prompts_of_checkpoint
 from .settings import from_dict
 from .train import run_evaluation, tokens_of
 
-__all__ = ["Order", "evaluate_order", "opposites_of", "order", "summarize"]
+__all__ = ["Order", "evaluate_order", "opposites_of", "order", "read_opposites", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,19 @@ def opposites_of(classes: Sequence[str], pairs: Mapping[str, str] | None = None)
         raise ValueError(f"opposites name {unknown[0]!r}, which is none of the {len(classes)} classes")
     both = {b: a for a, b in given.items()} | dict(given)
     return [classes.index(both[name]) if both.get(name) in classes else None for name in classes]
+
+
+def read_opposites(path: str | Path) -> dict[str, str]:
+    """Pairs of class names that are each other's time reversal, from a CSV file with the columns `class,opposite`.
+
+    Raises:
+        DatasetError: another header, or a line without two names.
+    """
+    rows = csv_rows(path, ["class", "opposite"])
+    wrong = [(f"line {line}", f"expected two names, got {row}") for line, row in rows if len(row) != 2 or not all(row)]
+    if wrong:
+        raise DatasetError(f"{path}: not a valid list of opposites:", wrong)
+    return {first.strip(): second.strip() for _, (first, second) in rows}
 
 
 def summarize(orders: Sequence[Order]) -> dict[str, dict[str, Any]]:

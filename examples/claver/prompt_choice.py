@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import Config
+from .config import Config, DataConfig
 from .data import read_labels
 from .prompt_files import DATASETS, known_dataset, load_prompts, read_prompt_file, shipped_classes, shipped_file
 from .prompts import build_prompts, choose_templates
@@ -43,6 +43,7 @@ def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
     """
     data, asked = config.data, config.data.prompts
     if asked == "names":
+        _refuse_idle(data, "data.prompts = names", "templates", "kinds", "per_kind")
         return Choice(list(classes), build_prompts(classes, ["{}"]), 1, "the class names alone")
     templates, which = choose_templates(data.templates, classes)
     parts = [f"{len(templates)} templates" + (f" ({which})" if which else "")] if templates else []
@@ -60,6 +61,7 @@ def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
     elif asked not in (None, "templates"):
         path, origin = asked, f"{asked} ({read_prompt_file(asked).title})"
     if path is None:
+        _refuse_idle(data, "there are no sentences", "kinds", "per_kind")
         prompts = build_prompts(classes, templates)
     else:
         interpretive = load_prompts(path, classes, data.kinds)
@@ -106,6 +108,13 @@ def choose_prompts_of_others(config: Config, classes: Sequence[str], *, keep: bo
     kept = keep or config.data.prompts in ("names", "templates", None)
     data = config.data if kept else dataclasses.replace(config.data, prompts="auto")
     return choose_prompts(dataclasses.replace(config, data=data), classes)
+
+
+def _refuse_idle(data: DataConfig, why: str, *names: str) -> None:
+    """Raise for settings of texts that would have no effect."""
+    idle = [f"data.{name}" for name in names if getattr(data, name) is not None]
+    if idle:
+        raise ValueError(f"{' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: {why}; leave out")
 
 
 def _title(dataset: str) -> str:

@@ -24,11 +24,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("order")
     found = {}
     for name, changes in (
-        ("kmct", {"attention": "kmct"}),
+        ("kmct", {"attention": "kmct", "temporal_std": 1.0}),
         ("average", {"attention": "spatial", "temporal_embedding": False}),
     ):
         torch.manual_seed(0)
-        large = {"logit_scale": 30.0, "token_std": 0.1, "position_std": 1.0, "temporal_std": 1.0}
+        large = {"logit_scale": 30.0, "token_std": 0.1, "position_std": 1.0}
         config = dataclasses.replace(
             small_config(folder, num_train=1, num_test=16, run=name), model=small_model(**large, **changes)
         )
@@ -108,7 +108,7 @@ def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
 
     def evaluate(model):
         name = model.order.__name__ if isinstance(model, claver.order._Reordered) else "forwards"
-        return Evaluation(torch.eye(3)[said[name]], labels)
+        return Evaluation(torch.eye(3)[said[name]], torch.eye(3)[said[name]], labels)
 
     model, opposites = build_model(small_model()), opposites_of(["up", "down", "still"], {"up": "down"})
     assert opposites == [1, 0, None]
