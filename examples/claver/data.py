@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,7 +22,7 @@ from .lists import DatasetError, Sample, list_hash, read_labels, read_list
 from .sampling import segment_indices, view_indices
 from .shard_stream import LANES, batches_of_lane, shard_bounds, stream_samples
 from .tars import Member
-from .video import VideoError, probe, read_frames
+from .video import Choose, VideoError, read_clip
 
 __all__ = [
     "DatasetError",
@@ -93,7 +92,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         for place, path in self._candidates(index, video):
             generator = _generator(self.seed, self.epoch, index)
             try:
-                clip = self.source.read(path, partial(segment_indices, frames=self.frames, generator=generator))
+                clip = self.source.read(path, _segments(self.frames, generator))
             except VideoError as error:
                 if not self.skip_broken:
                     raise
@@ -302,15 +301,13 @@ class _FrameSource:
     def read(self, path: str | Member, choose: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The frames `choose(num_frames)` of a file, uint8 `(T, 3, h, w)`."""
         if self.cache is None:
-            info = probe(path)
-            return self._decode(info, choose(info.num_frames))
+            return self._decode(path, choose)
         if path not in self.cache:
-            info = probe(path)
-            self.cache[path] = self._decode(info, range(info.num_frames))
+            self.cache[path] = self._decode(path, range)
         return self.cache[path][choose(len(self.cache[path]))]
 
-    def _decode(self, video: Any, indices: Iterable[int]) -> torch.Tensor:
-        frames = rearrange(read_frames(video, indices), "t h w c -> t c h w")
+    def _decode(self, path: str | Member, choose: Choose) -> torch.Tensor:
+        frames = rearrange(read_clip(path, choose), "t h w c -> t c h w")
         return resize_short_side(frames, self.short_side).contiguous()
 
 
@@ -339,6 +336,17 @@ def _loader(
         worker_init_fn=_leave_signals_to_the_training,
         generator=torch.Generator(),  # leaves torch's global random state alone
     )
+
+
+def _segments(frames: int, generator: torch.Generator) -> Callable[[int], torch.Tensor]:
+    """`segment_indices` of any number of frames, drawn from where the generator is now however often it is asked."""
+    state = generator.get_state()
+
+    def choose(num_frames: int) -> torch.Tensor:
+        generator.set_state(state)
+        return segment_indices(num_frames, frames, generator=generator)
+
+    return choose
 
 
 def _leave_signals_to_the_training(worker: int) -> None:

@@ -35,7 +35,7 @@ from .run_folder import saved_steps, weights_of
 from .sampling import segment_indices
 from .tars import Member
 from .train import run_evaluation, train
-from .video import read_frames
+from .video import read_clip
 
 __all__ = ["demo", "demo_config"]
 
@@ -209,10 +209,7 @@ def _draw(
 
 
 def _film(path: str | Member) -> Tensor:
-    from .video import probe
-
-    info = probe(path)
-    return read_frames(info, segment_indices(info.num_frames, FRAMES))
+    return read_clip(path, lambda count: segment_indices(count, FRAMES))
 
 
 def _cpu() -> str:

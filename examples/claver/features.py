@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
-from .data import Sample, TestDataset
+from .data import TestDataset
 from .files import replace_file
+from .lists import Sample
 from .model import Claver
 from .predict import find_videos
 

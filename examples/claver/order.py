@@ -207,12 +207,15 @@ def _evaluate_checkpoint(name: str, pairs: Mapping[str, str] | None, data: DataC
     choice = choose_prompts_of_checkpoint(config, content)
     tokens = tokens_of(choice.prompts, model)
     return evaluate_order(
-        model, lambda changed: run_evaluation(config, changed, tokens), opposites_of(choice.classes, pairs)
+        model,
+        lambda changed: run_evaluation(config, changed, tokens, choice.classes),
+        opposites_of(choice.classes, pairs),
     )
 
 
 def _classes(evaluation: Evaluation) -> Tensor:
-    return evaluation.probabilities.argmax(1)
+    """The likeliest class of each video, `(videos,)`; -1, no class, of one that could not be read."""
+    return evaluation.probabilities.argmax(1).where(evaluation.readable, -1)
 
 
 def _share(hits: Tensor) -> float:

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from operator import index as as_index
-from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from .container_size import declared_size
 from .tars import Member
 
-__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe", "read_frames"]
+__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe", "read_clip", "read_frames"]
+
+Choose = Callable[[int], Iterable[int] | torch.Tensor]
+"""Which frames of so many are wanted; may be asked more than once, with other numbers."""
 
 # Containers that store a presentation time with every packet and have an index to seek with.
 _TIMED_CONTAINERS = ("mov", "matroska")
@@ -91,11 +95,32 @@ def probe(path: str | os.PathLike[str] | Member) -> VideoInfo:
         VideoError: the file is missing, empty, a directory, no video, damaged at its start, or truncated. A truncated
             MPEG transport stream, or an MP4 cut between two fragments, cannot be told from a shorter one.
     """
+    return _survey(path)[0]
+
+
+def read_clip(path: str | os.PathLike[str] | Member, choose: Choose) -> torch.Tensor:
+    """Count the frames of a video and decode those at the indices `choose(num_frames)`: `probe` and `read_frames` in one.
+
+    A video that must be decoded to be counted is decoded once: the frames are kept that would be chosen if every packet
+    were one, which nearly always turns out so; if not, they are decoded anew.
+
+    Raises:
+        VideoError: all that `probe` and `read_frames` raise.
+    """
+    info, kept = _survey(path, choose)
+    numbers = _integers(choose(info.num_frames))
+    if kept is None or not kept.keys() >= set(numbers):
+        return read_frames(info, numbers)
+    return _stack(info, numbers, kept)
+
+
+def _survey(
+    path: str | os.PathLike[str] | Member, choose: Choose | None = None
+) -> tuple[VideoInfo, dict[int, np.ndarray] | None]:
+    """What `probe` tells, and the frames that were likely to be chosen, if the video was decoded on the way and is sound."""
     path = path if isinstance(path, Member) else os.fspath(path)
     with _open(path) as (container, stream):
-        first = next(_decode(container, stream), None)
-    with _open(path) as (container, stream):
-        packets = _demux(container, stream)
+        packets, first = _demux(container, stream)
         _check_complete(path, packets, max(stream.frames, len(stream.index_entries)))
         if first is None:
             raise VideoError(f"{path}: found no frame that can be decoded in {len(packets.shown)} packets")
@@ -105,16 +130,17 @@ def probe(path: str | os.PathLike[str] | Member) -> VideoInfo:
             times = [*sorted(time for time in packets.shown if time is not None)]
         counted = timed and stream.codec_context.name in _PACKET_IS_FRAME and first.pts == times[0]
         time_base, rate = stream.time_base or Fraction(1, 1000), stream.average_rate
+    width, height = (first.height, first.width) if _quarter_turns(first) % 2 else (first.width, first.height)
+    kept = None
     if not counted:
-        with _open(path) as (container, stream):
-            times = [frame.pts for frame in _decode(container, stream)]
+        likely = _integers(choose(len(packets.shown))) if choose and packets.shown else []
+        times, kept = _count(path, set(likely), _RGB(path, width, height))
         timed = timed and _increasing(times) and set(times) <= set(packets.shown)
 
     span = _span(times) * time_base if timed else Fraction(0)
     frame_time = packets.last_duration * time_base or (1 / rate if rate else Fraction(0))
     duration = len(times) / rate if rate and not timed else span + frame_time
-    width, height = (first.height, first.width) if _quarter_turns(first) % 2 else (first.width, first.height)
-    return VideoInfo(
+    info = VideoInfo(
         path=path,
         num_frames=len(times),
         fps=float(len(times) / duration) if duration else 0.0,
@@ -125,6 +151,24 @@ def probe(path: str | os.PathLike[str] | Member) -> VideoInfo:
         timestamps=tuple(time for time in times if time is not None) if timed else None,
         keyframes=tuple(i for i, time in enumerate(times) if time in packets.keys) if timed else (),
     )
+    return info, kept
+
+
+def _count(path: str | Member, likely: set[int], to_rgb: _RGB) -> tuple[list[int | None], dict[int, np.ndarray] | None]:
+    """The times of all frames in the order of a plain decode, and the `likely` ones, or None if not all frames are sound."""
+    times: list[int | None] = []
+    kept: dict[int, np.ndarray] | None = {}
+    with _open(path) as (container, stream):
+        for i, frame in enumerate(_decode(container, stream)):
+            times.append(frame.pts)
+            if kept is None or frame.is_corrupt:
+                kept = None
+            elif i in likely:
+                try:
+                    kept[i] = to_rgb(frame, i)
+                except VideoError:  # `read_frames` says so if it is wanted in the end
+                    kept = None
+    return times, kept
 
 
 def read_frames(
@@ -140,7 +184,7 @@ def read_frames(
             that `probe` raises.
     """
     info = video if isinstance(video, VideoInfo) else probe(video)
-    numbers = [as_index(i) for i in (indices.tolist() if isinstance(indices, torch.Tensor) else indices)]
+    numbers = _integers(indices)
     for i in numbers:
         if not 0 <= i < info.num_frames:
             raise VideoError(f"{info.path}: frame {i} is out of range, the video has {info.num_frames} frames")
@@ -161,10 +205,7 @@ def read_frames(
             f"{info.path}: {count}, frame {missing[0]} of {info.num_frames} is missing or cannot be decoded"
         )
 
-    out = np.empty((len(numbers), info.height, info.width, 3), dtype=np.uint8)
-    for row, i in enumerate(numbers):
-        out[row] = found[i]
-    return torch.from_numpy(out)
+    return _stack(info, numbers, found)
 
 
 def iterate_frames(info: VideoInfo, *, every: int = 1, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
@@ -176,7 +217,7 @@ def iterate_frames(info: VideoInfo, *, every: int = 1, start: int = 0) -> Iterat
         VideoError: a frame that is missing or that the decoder reports as damaged, when it is reached.
     """
     position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps or ())}
-    to_rgb = _RGB(info)
+    to_rgb = _RGB(info.path, info.width, info.height)
     reached = 0
     with _open(info.path) as (container, stream):
         for count, frame in enumerate(_decode(container, stream)):
@@ -185,7 +226,7 @@ def iterate_frames(info: VideoInfo, *, every: int = 1, start: int = 0) -> Iterat
                 continue
             if i != reached:
                 break
-            to_rgb.check(frame, i)
+            _check_frame(info, frame, i)
             reached += 1
             if i >= start and (i - start) % every == 0:
                 yield i, to_rgb(frame, i)
@@ -198,7 +239,7 @@ def _read_by_seeking(info: VideoInfo, wanted: Sequence[int], found: dict[int, np
     if info.timestamps is None:
         return False
     position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps)}
-    to_rgb = _RGB(info)
+    to_rgb = _RGB(info.path, info.width, info.height)
     with _open(info.path) as (container, stream):
         frames = _decode(container, stream)
         start = reached = 0  # decoding began at frame `start`; all before `reached` were decoded or skipped
@@ -214,7 +255,7 @@ def _read_by_seeking(info: VideoInfo, wanted: Sequence[int], found: dict[int, np
                     continue
                 if i != reached:
                     return False
-                to_rgb.check(frame, i)
+                _check_frame(info, frame, i)
                 reached = i + 1
                 if i == index:
                     found[i] = to_rgb(frame, i)
@@ -228,11 +269,11 @@ def _read_in_sequence(info: VideoInfo, wanted: Sequence[int], found: dict[int, n
     """Put the `wanted` (sorted) frames in `found`, decoding the file from its start."""
     position: dict[int | None, int] = {time: i for i, time in enumerate(info.timestamps or ())}
     remaining = set(wanted)
-    to_rgb = _RGB(info)
+    to_rgb = _RGB(info.path, info.width, info.height)
     with _open(info.path) as (container, stream):
         for count, frame in enumerate(_decode(container, stream)):
             i = position.get(frame.pts, -1) if position else count
-            to_rgb.check(frame, i)
+            _check_frame(info, frame, i)
             if i in remaining:
                 remaining.remove(i)
                 found[i] = to_rgb(frame, i)
@@ -240,26 +281,37 @@ def _read_in_sequence(info: VideoInfo, wanted: Sequence[int], found: dict[int, n
                 return
 
 
+def _integers(indices: Iterable[int] | torch.Tensor) -> list[int]:
+    return [as_index(i) for i in (indices.tolist() if isinstance(indices, torch.Tensor) else indices)]
+
+
+def _stack(info: VideoInfo, numbers: Sequence[int], found: dict[int, np.ndarray]) -> torch.Tensor:
+    out = np.empty((len(numbers), info.height, info.width, 3), dtype=np.uint8)
+    for row, i in enumerate(numbers):
+        out[row] = found[i]
+    return torch.from_numpy(out)
+
+
+def _check_frame(info: VideoInfo, frame: VideoFrame, index: int) -> None:
+    """Refuse a frame that the decoder patched up."""
+    if frame.is_corrupt:
+        raise VideoError(f"{info.path}: frame {index} of {info.num_frames} is damaged")
+
+
 class _RGB:
-    """Conversion of the frames of one video to upright RGB arrays."""
+    """Conversion of the frames of one video to upright RGB arrays of one size."""
 
-    def __init__(self, info: VideoInfo) -> None:
-        self.info = info
+    def __init__(self, path: str | Member, width: int, height: int) -> None:
+        self.path, self.width, self.height = path, width, height
         self.reformatter = VideoReformatter()  # one for all frames: it keeps its tables
-
-    def check(self, frame: VideoFrame, index: int) -> None:
-        """Refuse a frame that the decoder patched up."""
-        if frame.is_corrupt:
-            raise VideoError(f"{self.info.path}: frame {index} of {self.info.num_frames} is damaged")
 
     def __call__(self, frame: VideoFrame, index: int) -> np.ndarray:
         array = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         array = np.rot90(array, _quarter_turns(frame))
-        expected = (self.info.height, self.info.width, 3)
-        if array.shape != expected:
+        if array.shape != (self.height, self.width, 3):
             raise VideoError(
-                f"{self.info.path}: frame {index} is {array.shape[1]}x{array.shape[0]} pixels, "
-                f"but the first is {self.info.width}x{self.info.height}; re-encode the file at one size"
+                f"{self.path}: frame {index} is {array.shape[1]}x{array.shape[0]} pixels, "
+                f"but the first is {self.width}x{self.height}; re-encode the file at one size"
             )
         return array
 
@@ -323,14 +375,22 @@ def _check_file(path: str | Member) -> None:
 
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for frame in container.decode(stream):
+    for packet in container.demux(stream):
+        yield from _decode_packet(packet)
+
+
+def _decode_packet(packet: Packet) -> Iterator[VideoFrame]:
+    for frame in packet.decode():
         assert isinstance(frame, VideoFrame)
         yield frame
 
 
-def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
-    packets = _Packets()
+def _demux(container: InputContainer, stream: VideoStream) -> tuple[_Packets, VideoFrame | None]:
+    """Go through all packets, and decode the first frame."""
+    packets, first = _Packets(), None
     for packet in container.demux(stream):
+        if first is None:
+            first = next(_decode_packet(packet), None)
         if packet.size == 0:  # the flush packet at the end
             continue
         (packets.hidden if packet.is_discard else packets.shown).append(packet.pts)
@@ -338,7 +398,7 @@ def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
         packets.last_duration = packet.duration or packets.last_duration
         if packet.is_keyframe:
             packets.keys.add(packet.pts)
-    return packets
+    return packets, first
 
 
 def _is(container: InputContainer, formats: Iterable[str]) -> bool:
@@ -358,7 +418,7 @@ def _span(times: Sequence[int | None]) -> int:
 def _check_complete(path: str | Member, packets: _Packets | None = None, announced: int = 0) -> None:
     """Raise if the file ends before its container says that it does."""
     with open(path, "rb") if isinstance(path, str) else path.open() as file:
-        size, declared = file.seek(0, os.SEEK_END), _declared_size(file)
+        size, declared = file.seek(0, os.SEEK_END), declared_size(file)
     cut = packets is not None and packets.cut
     if declared <= size and not cut:
         return
@@ -369,57 +429,3 @@ def _check_complete(path: str | Member, packets: _Packets | None = None, announc
         whole = len(packets.shown) + len(packets.hidden) - packets.cut
         reasons.append(f"found {whole} of {announced} frames" if announced > whole else f"found {whole} whole frames")
     raise VideoError(f"{path}: the file is {what} ({', '.join(reasons)})")
-
-
-def _declared_size(file: BinaryIO) -> int:
-    """The least number of bytes that the outermost structure of an MP4, Matroska or AVI file asks for; 0 if unknown."""
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] == b"RIFF":
-        size = int.from_bytes(head[4:8], "little")
-        return size if size < 0xFFFFFFF0 else 0  # without its own header: some writers count that in
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return _matroska_size(file)
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-        return _mp4_size(file)
-    return 0
-
-
-def _mp4_size(file: BinaryIO) -> int:
-    total = file.seek(0, os.SEEK_END)
-    position = 0
-    while position + 8 <= total:
-        file.seek(position)
-        header = file.read(16)
-        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
-        if size == 1:
-            size = int.from_bytes(header[8:16], "big")
-        if size < 8:  # 0: up to the end of the file
-            return 0
-        if position + size > total:
-            return (
-                position + size if kind in (b"mdat", b"moov", b"moof", b"mfra") else 0
-            )  # else: junk after the last box
-        position += size
-    return 0
-
-
-def _matroska_size(file: BinaryIO) -> int:
-    def size_field() -> int | None:
-        first = file.read(1)
-        if not first or first[0] == 0:
-            return None
-        extra = 8 - first[0].bit_length()
-        bits = 7 * (extra + 1)
-        value = int.from_bytes(first + file.read(extra), "big") & ((1 << bits) - 1)
-        return None if value == (1 << bits) - 1 else value  # all ones: unknown, a live stream
-
-    file.seek(4)
-    header = size_field()
-    if header is None:
-        return 0
-    file.seek(header, os.SEEK_CUR)
-    if file.read(4) != b"\x18S\x80g":
-        return 0
-    body = size_field()
-    return 0 if body is None else file.tell() + body

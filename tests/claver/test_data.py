@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.augment import AugmentConfig, crop_views
+from claver.augment import AugmentConfig, crop_views, resize_short_side, train_clip
 from claver.data import (
     DatasetError,
     Sample,
     TestDataset,
     TrainDataset,
+    _generator,
     broken_files,
     check_files,
     eval_loader,
@@ -21,10 +22,10 @@ from claver.data import (
     set_epoch,
     train_loader,
 )
-from claver.sampling import view_indices
-from claver.video import VideoError, read_frames
+from claver.sampling import segment_indices, view_indices
+from claver.video import VideoError, probe, read_clip, read_frames
 from torch._utils import ExceptionWrapper
-from video_files import read_numbers, write_video
+from video_files import copy_from, read_numbers, write_video
 
 SMALL = AugmentConfig(size=32, short_side=40)
 
@@ -172,11 +173,20 @@ def test_a_training_item_is_a_function_of_seed_epoch_and_index(samples: list[Sam
     assert torch.equal(item["video"], dataset[2]["video"])
 
 
+def test_an_item_has_the_frames_of_the_exact_count_also_where_packets_are_no_frames(tmp_path: Path) -> None:
+    path = copy_from(write_video(tmp_path / "source.ts", 50), tmp_path / "headless.ts", skip=5)
+    item = TrainDataset([Sample(str(path), 0)], 8, SMALL, seed=4)[0]
+    count, generator = probe(path).num_frames, _generator(4, 0, 0)
+    assert count < 45  # packets
+    frames = read_frames(path, segment_indices(count, 8, generator=generator)).permute(0, 3, 1, 2)
+    assert torch.equal(item["video"], train_clip(resize_short_side(frames, 40), SMALL, generator))
+
+
 def test_the_cache_changes_nothing_but_the_number_of_decodes(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
-    monkeypatch.setattr("claver.data.read_frames", lambda *args: reads.append(args) or read_frames(*args))
+    monkeypatch.setattr("claver.data.read_clip", lambda *args: reads.append(args) or read_clip(*args))
     plain, cached = TrainDataset(samples, 8, SMALL), TrainDataset(samples, 8, SMALL, cache=True)
     expected = [[plain[i]["video"] for i in range(7) if plain.set_epoch(epoch) is None] for epoch in range(3)]
     reads.clear()

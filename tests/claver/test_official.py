@@ -5,6 +5,7 @@ import pickle
 import struct
 import time
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def test_an_official_checkpoint_needs_no_configuration(tmp_path, kmct, state, ma
         kmt = official_model()
         kmt.load_state_dict(kmct.state_dict())
         assert not torch.allclose(model(video, tokens), kmt(video, tokens), atol=1e-3)  # so it has to be known
+
+
+def test_settings_may_be_attributes(tmp_path, state):
+    config = Namespace(DATA={"NUM_FRAMES": 4}, MODEL=Namespace(MASK_MODE="KMCT"))
+    torch.save({"model": state, "config": config}, tmp_path / "o.pth")
+    assert load_checkpoint(tmp_path / "o.pth")["config"]["model"]["attention"] == "kmct"
 
 
 def test_weights_of_a_distributed_run_and_without_a_configuration_load(tmp_path, kmct, state):

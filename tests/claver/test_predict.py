@@ -1,5 +1,6 @@
 """Prediction reads files, folders and patterns, says what evaluation says, names what is broken, and draws what it saw so far."""
 
+import dataclasses
 import json
 import os
 
@@ -129,6 +130,15 @@ def test_the_drawn_video_has_every_frame_over_what_was_said_so_far(videos, tmp_p
             expected = class_probabilities(run["model"], views[:, :, :seen], text_features(run))[0]
         found = dict(drawn[taken[seen - 1]][0])
         assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_video_with_fewer_frames_than_a_clip_is_drawn_as_it_is_evaluated(run, tmp_path, monkeypatch):
+    path, drawn = str(write_video(tmp_path / "short.mp4", 3)), []
+    monkeypatch.setattr("claver.predict.annotate", lambda image, top, caption: drawn.append(top) or image.copy())
+    predict([path], **run, annotated=str(tmp_path / "out.mp4"))
+    one_view = dataclasses.replace(run["config"], test=TestConfig(clips=1, crops=1))
+    ((_, expected),) = predictions(run["model"], [path], text_features(run), one_view)
+    assert [dict(drawn[-1])[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_several_videos_follow_each_other_and_broken_ones_are_left_out(run, videos, tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from claver import video
-from claver.video import VideoError, probe, read_frames
+from claver.video import VideoError, probe, read_clip, read_frames
 from video_files import copy_from, decode_all, keyframe_bytes, read_numbers, write_audio, write_video
 
 B_FRAMES = {"bf": "3", "sc_threshold": "0"}
@@ -46,14 +46,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one number for each frame that `claver.video` decodes."""
     seen: list[int] = []
-    decode = video._decode
+    decode = video._decode_packet
 
-    def counted(*args):
-        for frame in decode(*args):
+    def counted(packet):
+        for frame in decode(packet):
             seen.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "_decode", counted)
+    monkeypatch.setattr(video, "_decode_packet", counted)
     return seen
 
 
@@ -106,6 +106,39 @@ def test_a_relative_path_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pyt
     write_video(tmp_path / "clip.mp4", 3).rename(tmp_path / "12:30.mp4")
     monkeypatch.chdir(tmp_path)
     assert probe("12:30.mp4").num_frames == 3
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_clip_is_the_frames_that_are_chosen_of_the_exact_count(kind: str, tmp_path: Path) -> None:
+    name, options = FILES[kind]
+    path = write_video(tmp_path / name, 50, **options)
+    expected = decode_all(path)
+    for seed in range(5):
+
+        def choose(count: int, seed: int = seed) -> np.ndarray:
+            return np.random.default_rng(seed).integers(0, count, 6)
+
+        assert np.array_equal(read_clip(path, choose).numpy(), expected[choose(50)])
+    assert np.array_equal(read_clip(path, range).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["mpeg-4", "mpeg-4 in avi", "transport stream"])
+def test_what_must_be_decoded_to_be_counted_is_decoded_once(kind: str, tmp_path: Path, decoded: list[int]) -> None:
+    name, options = FILES[kind]
+    path = write_video(tmp_path / name, 50, **options)
+    assert read_numbers(read_clip(path, lambda count: range(3, count, 7)).numpy()) == list(range(3, 50, 7))
+    assert len(decoded) == 1 + 50  # the first one tells size and rotation
+
+
+def test_where_packets_are_no_frames_the_clip_is_read_again(tmp_path: Path) -> None:
+    source = write_video(tmp_path / "source.ts", 50, options=B_FRAMES)
+    path = copy_from(source, tmp_path / "headless.ts", skip=5)
+    asked: list[int] = []
+    frames = read_clip(path, lambda count: asked.append(count) or [0, count - 1])
+    assert asked == [45, 38]  # the others are not decodable without a keyframe
+    assert read_numbers(frames.numpy()) == [12, 49]
+    with pytest.raises(VideoError, match="frame 38 is out of range, the video has 38 frames"):
+        read_clip(path, lambda count: [38])
 
 
 def test_order_and_repeats_are_kept(clip: Path) -> None:
@@ -255,10 +288,12 @@ def test_a_frame_that_the_decoder_patched_up_is_an_error(codec: str, tmp_path: P
     info = probe(path)
     for i in range(50):
         if keyframes[2] <= i < keyframes[3]:
-            with pytest.raises(VideoError, match=r"patched\.mp4: frame \d+ of 50 is damaged"):
-                read_frames(info, [i])
+            for read in (lambda i: read_frames(info, [i]), lambda i: read_clip(path, lambda count: [i])):
+                with pytest.raises(VideoError, match=r"patched\.mp4: frame \d+ of 50 is damaged"):
+                    read(i)
         elif i >= keyframes[3] or i < keyframes[2] - 3:  # B-frames may refer to the damaged one
             assert np.array_equal(read_frames(info, [i])[0].numpy(), expected[i])
+            assert np.array_equal(read_clip(path, lambda count, i=i: [i])[0].numpy(), expected[i])
 
 
 def test_damage_in_the_middle_is_an_error_and_not_a_picture(clip: Path, tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from claver.checkpoint import CheckpointError
 from claver.config import Config, DataConfig
 from claver.lists import DatasetError, list_hash
 from claver.model import build_model
+from claver.motions import MOTIONS
 from claver.pack import pack
 from claver.prompts import build_prompts
+from claver.run_folder import load_pair
 from claver.shards import write_shards
-from claver.train import run_evaluation, tokens_of, train
+from claver.step import TrainStep
+from claver.train import Stopped, run_evaluation, tokens_of, train
 from claver.video import read_frames
 from claver.videos import kind_of, read_videos
 from small import small_config, small_model
@@ -161,7 +165,8 @@ def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_ord
     kind: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(sources[kind])
-    data = DataConfig(root=str(sources["folder"]), train_list=path, test_list=path)
+    root = str(sources["folder"] if kind == "list" else tmp_path)
+    data = DataConfig(root=root, train_list=path, test_list=path)
     source = read_videos(path, data.root, CLASSES)
     assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3, classes=CLASSES) == 0
     assert f"10 videos in 4 shards, hash {source.hash} (of {path}: {source.hash})" in capsys.readouterr().out
@@ -170,3 +175,35 @@ def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_ord
     assert "mixed by the seed 3047" in capsys.readouterr().out
     assert mixed.hash != source.hash
     assert sorted(sample.label for sample in mixed.samples) == [sample.label for sample in source.samples]
+
+
+def test_a_run_on_shards_goes_on_exactly_and_with_no_other_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, num_train=24, epochs=2)
+    samples = read_videos(config.data.train_list, config.data.root, MOTIONS).samples
+    write_shards(samples, tmp_path / "shards", per_shard=5, progress=False)
+    data = dataclasses.replace(config.data, train_list=str(tmp_path / "shards"))
+    whole = train(dataclasses.replace(config, data=data, run_dir=str(tmp_path / "whole")))
+    config = dataclasses.replace(config, data=data)
+    step, steps = TrainStep.__call__, []
+
+    def stop_in_the_second_epoch(self: TrainStep, *args: object, **options: object) -> object:
+        steps.append(1)
+        return step(self, *args, **{**options, "stop": len(steps) == 4})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", stop_in_the_second_epoch)
+        with pytest.raises(Stopped, match="stopped after step 4 of 6"):
+            train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "claver.train.load_pair", lambda *args: (lambda a, b: (a, b | {"processes": 2}))(*load_pair(*args))
+        )
+        with pytest.raises(
+            CheckpointError, match="is of 2 processes, which share the order of shards; go on with as many"
+        ):
+            train(config, resume=True)
+    resumed = train(config, resume=True)
+    for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
