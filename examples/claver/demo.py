@@ -240,8 +240,8 @@ def _report(folder: Path, results: dict[str, Any], pictures: list[Path]) -> None
         f"\nTop-1 on {results['num_test']} held-out clips: {results['top1']:.3f} with KMCT, {results['baseline_top1']:.3f} as a "
         f"frame average, {results['chance']:.3f} by chance ({results['seconds']:.0f} s).\n"
         "Opposite motions have the same frames in another order: without order, 0.5 is the best that can be expected.\n"
-        f"Played backwards, {results['order']['KMCT']['reversed_opposite']:.3f} of the clips are taken for the opposite motion with "
-        f"KMCT, {results['order']['frame average']['reversed_opposite']:.3f} as a frame average.\n"
+        f"Played backwards, {results['order']['KMCT']['reversed_opposite']:.3f} of the clips are taken for the opposite motion "
+        f"with KMCT, {results['order']['frame average']['reversed_opposite']:.3f} as a frame average.\n"
         f"\n  results      {folder / 'results.json'}\n  checkpoint   {folder / Path(DEMO_CHECKPOINT).name}"
     )
     for picture in pictures:
