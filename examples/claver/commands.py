@@ -100,23 +100,22 @@ def _evaluate(
     model: Claver, splits: dict[str, tuple[Config, Choice]], about: dict[str, Any], folder: Path | None
 ) -> dict[str, Any]:
     """Evaluate on each split; print the numbers as a line of JSON, and write reports if there is a folder for them."""
-    from accelerate import PartialState
-
     from .files import replace_file
+    from .processes import this_process
     from .reports import numbers, over_splits, write_report
     from .train import run_evaluation, tokens_of
     from .videos import read_videos
 
     results: dict[str, dict[str, Any]] = {}
-    main = PartialState().is_main_process
+    main = this_process().is_main_process
     for split, (config, choice) in splits.items():
         videos = read_videos(config.data.test_list, config.data.root, choice.classes)
         header = _header(config, choice) | {"list": videos.hash}
-        PartialState().print(f"{split or 'test'}: {len(videos.samples)} videos; {json.dumps(header)}", file=sys.stderr)
+        this_process().print(f"{split or 'test'}: {len(videos.samples)} videos; {json.dumps(header)}", file=sys.stderr)
         evaluation = run_evaluation(config, model, tokens_of(choice.prompts, model), choice.classes)
         results[split] = numbers(evaluation)
         for name, reason in evaluation.broken:
-            PartialState().print(f"counted as wrong: {name}: {reason}", file=sys.stderr)
+            this_process().print(f"counted as wrong: {name}: {reason}", file=sys.stderr)
         if folder and main:
             write_report(folder / split, evaluation, choice.classes, videos.samples, about | header)
     if list(results) == [""]:

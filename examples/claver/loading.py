@@ -6,7 +6,6 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 
 from . import check_demo_checkpoint
 from .checkpoint import CheckpointError, load_checkpoint, load_model
@@ -15,6 +14,7 @@ from .config import Config
 from .hub import fetch
 from .lists import read_labels
 from .model import Claver
+from .processes import this_process
 from .prompt_choice import Choice, choose_prompts_of_checkpoint, choose_prompts_of_others
 from .settings import from_dict, merge
 
@@ -63,5 +63,5 @@ def texts_of(loaded: Loaded, given: Given, classes: list[str] | None = None, *, 
         choice = choose_prompts_of_others(loaded.config, classes, keep="data.prompts" in given.typed)
     else:
         choice = choose_prompts_of_checkpoint(loaded.config, loaded.content, need_labels=need_labels)
-    PartialState().print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
+    this_process().print(f"texts of {len(choice.classes)} classes: {choice.description}", file=sys.stderr)
     return choice

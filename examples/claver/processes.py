@@ -12,10 +12,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,14 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config
 
-__all__ = ["ProcessError", "StopSignals", "end_together", "share_model", "start_processes"]
+__all__ = ["ProcessError", "StopSignals", "end_together", "share_model", "start_processes", "this_process"]
 
 dist = torch.distributed
 _FAILURE = "claver_failure"  # key, in the processes' store, of what the first that failed says
 
 
-class ProcessError(RuntimeError):
+class ProcessError(ConnectionError):
     """Another process of the run failed; the message has its error."""
+
+
+def this_process(timeout: float = 600.0) -> PartialState:
+    """This process among those of a launcher, which the first call connects; they wait `timeout` seconds for each other."""
+    # without a GPU Accelerate would otherwise take each of them for one that is alone
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout))
 
 
 def start_processes(config: Config, *, training: bool = False) -> Accelerator:
@@ -41,7 +46,7 @@ def start_processes(config: Config, *, training: bool = False) -> Accelerator:
     Raises:
         ValueError: a training in fp16 without a GPU, or a tracker that Accelerate does not know or that is not installed.
     """
-    cpu = not torch.accelerator.is_available()
+    cpu = this_process(config.train.timeout).device.type == "cpu"
     if cpu and training and config.train.precision == "fp16":
         raise ValueError("train.precision fp16 needs a GPU; choose bf16 or no")
     names = config.train.trackers if training else ()
@@ -53,12 +58,11 @@ def start_processes(config: Config, *, training: bool = False) -> Accelerator:
         )
     AcceleratorState._reset_state()
     return Accelerator(
-        cpu=cpu,  # else Accelerate would have each process train alone
+        cpu=cpu,
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         log_with=list(names) or None,
         project_dir=config.run_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
     )
 
 

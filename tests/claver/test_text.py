@@ -121,6 +121,15 @@ def test_a_step_has_the_gradient_of_the_whole_texts():
         assert (gradients[1][name] - whole).abs().max() <= 1e-5 * whole.abs().max(), name
 
 
+def test_texts_can_be_one_group_as_towers_in_shares_need(monkeypatch):
+    monkeypatch.setattr(text_module, "group_sizes", lambda lengths: [1] * len(lengths))
+    model = build_model(small_model())
+    chosen, classes = torch.tensor([[2, 0]]), torch.arange(5)
+    many, one = (texts_of(model, one_group=choice).of(chosen, classes) for choice in (False, True))
+    assert (len(many.groups), len(one.groups)) == (10, 1)
+    assert_close(one.encode(model.clip), many.encode(model.clip), rtol=0, atol=1e-6)
+
+
 # ---- grouping and dealing -------------------------------------------------------------------------------------------
 
 

@@ -148,8 +148,10 @@ def _die_at_change(number: int) -> None:
 def _serve() -> None:
     import claver.train  # noqa: F401
     from claver.prompts import load_tokenizer
+    from claver.text import TrainingTexts
 
     load_tokenizer()
+    TrainingTexts.describe = lambda *args: ""  # it counts FLOPs, for a third of the time that a start takes
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
