@@ -117,13 +117,13 @@ def compile_kernel(
     structured = mask != "joint"
     constants = {
         "HAS_GRAD_LSE": False,
+        "GROUP": 1,
         "HEAD_DIM": head_dim,
         "BLOCK_D": primitives.block_dim(head_dim),
         "BLOCK_M": option.rows,
         "BLOCK_N": option.columns,
         "DIAGONALS": int(structured),
         "TESTED": structured,
-        "PATTERNS": False,
         "PRECISION": "ieee",
         **variant,
     }
@@ -177,7 +177,7 @@ def _argument_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name == "patterns":
         return "*u8"
-    if name.endswith("_table") or name in ("intervals", "diagonals", "pattern_runs"):
+    if name.endswith("_table") or name == "diagonals":
         return "*i32"
     return "fp32" if name in ("scale", "log2_scale") else "i32"
 
