@@ -178,7 +178,7 @@ def is_instruction(line: str, pattern: str) -> bool:
 EXECUTED_BY = {
     "exp2": r"(MUFU|I2F|F2I|I2I|F2F|POPC|FLO|BREV)\b",
     "fp32": r"(FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD)",
-    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|V?[FI]?MNMX|VIMNMX|VHMNMX|VIADD|SHF|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
+    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
     "shared": r"(LDS|STS|LDSM|STSM|SHFL)\b",
     "l2": r"(LDGSTS|UTMALDG|LDG|STG|LD|ST|RED|ATOM)\b",
 }
@@ -226,10 +226,12 @@ def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0) -> Work:
     for line in lines:
         if line.endswith(":"):
             continue
-        text = re.sub(r"^@!?U?P\w+\s+", "", line)
-        name = text.split()[0]
         counts["issue"] += 1
         cycles["issue"] += warps / gpu.issue
+        if line.startswith("@!PT "):  # never executed: a fence
+            continue
+        text = re.sub(r"^@!?U?P\w+\s+", "", line)
+        name = text.split()[0]
         if constant := re.match(r"UMOV (UR\d+), (0x[0-9a-f]+)$", text):
             constants[constant[1]] = int(constant[2], 16)
         if product := _product(text, constants):

@@ -69,8 +69,8 @@ def loop_table(kernel: CompiledKernel) -> str:
     """The work of each loop of a kernel as text: cycles of an SM for one turn by pipe, and the share of the peak."""
     lines = [
         f"{kernel.arch} {kernel.step} D={kernel.head_dim} {kernel.mask} {kernel.rows}x{kernel.columns} w{kernel.num_warps} "
-        f"s{kernel.num_stages}: {kernel.registers} registers, {kernel.spilled_bytes} bytes spilled, {kernel.shared_bytes} bytes of "
-        f"shared memory, {kernel.blocks} blocks an SM",
+        f"s{kernel.num_stages}: {kernel.registers} registers, {kernel.spilled_bytes} bytes spilled, {kernel.shared_bytes} bytes "
+        f"of shared memory, {kernel.blocks} blocks an SM",
         f"  {'loop':10}{'issued':>7}"
         + "".join(f"{pipe:>9}" for pipe in PIPES)
         + f"{'overlap':>9}{'in turn':>9}{'estimate':>9}"
