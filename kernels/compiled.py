@@ -22,7 +22,7 @@ from kronmask.kernels import backward, forward, primitives
 from kronmask.kernels.config import Option
 from kronmask.kernels.machine import GPUS, MATRIX, Work, blocks_per_sm, is_instruction, matrix_loops, other_loops, work
 
-__all__ = ["ARCHITECTURES", "TYPES", "CompiledKernel", "compile_kernel"]
+__all__ = ["ARCHITECTURES", "TYPES", "Code", "CompiledKernel", "compile_kernel", "read_code"]
 
 # Target, and shared memory that a block may use: CUDA C++ Programming Guide, table of compute capabilities; CDNA 3 has 64 KiB.
 ARCHITECTURES = {
@@ -131,26 +131,12 @@ def compile_kernel(
         target=target,
         options={"num_warps": option.num_warps, "num_stages": option.num_stages},
     )
-    registers, spilled, lines = _amd_usage(compiled) if target.backend == "hip" else _nvidia_usage(compiled)
-    loops = matrix_loops(lines)
-    hot = loops[0] if loops else []
+    code = read_code(compiled, arch, option.num_warps, 2 * option.columns * 64)
+    hot = code.hot_loop
     matrix = next(
         (kind for kind, pattern in MATRIX.items() if any(is_instruction(line, pattern) for line in hot)), "none"
     )
-    gpu = GPUS.get(arch)
-    modelled: dict[str, Work] = {}
-    diagonal = tile = None
-    blocks, ideal = 0, 0.0
-    if gpu is not None:
-        box = 2 * option.columns * 64  # a copy of the tensor memory accelerator moves 64 dimensions of a block
-        modelled = {name: work(loop, gpu, option.num_warps, box) for name, loop in zip(LOOPS, loops, strict=False)}
-        others, outside = other_loops(lines)
-        diagonal = work(others[0], gpu, option.num_warps) if others else None
-        tile = work(outside, gpu, option.num_warps, box)
-        blocks = blocks_per_sm(
-            gpu, registers, option.num_warps, compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
-        )
-        ideal = PRODUCTS[step] * 2 * option.rows * option.columns * head_dim / gpu.flop
+    ideal = PRODUCTS[step] * 2 * option.rows * option.columns * head_dim
     return CompiledKernel(
         arch=arch,
         step=step,
@@ -161,19 +147,19 @@ def compile_kernel(
         columns=option.columns,
         num_warps=option.num_warps,
         num_stages=option.num_stages,
-        registers=registers,
-        spilled_bytes=spilled,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
         shared_bytes=compiled.metadata.shared,
         shared_limit=shared_limit,
         matrix=matrix,
         instructions=sum(not line.endswith(":") for line in hot),
         matrix_instructions=sum(is_instruction(line, MATRIX.get(matrix, "$^")) for line in hot),
         async_copies=sum(is_instruction(line, COPIES) for line in hot),
-        blocks=blocks,
-        ideal=ideal,
-        loops=modelled,
-        diagonal=diagonal,
-        tile=tile,
+        blocks=code.blocks,
+        ideal=ideal / GPUS[arch].flop if arch in GPUS else 0.0,
+        loops=dict(zip(LOOPS, code.loops, strict=False)),
+        diagonal=code.others[0] if code.others else None,
+        tile=code.tile,
     )
 
 
@@ -190,6 +176,43 @@ def _argument_type(name: str, dtype: str) -> str:
 
 
 # ---- machine code ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Code:
+    """What machine code uses: of each loop that multiplies matrices, of the other loops, and of the code in no loop.
+
+    Where there is no model of the GPU, there is no work and no number of blocks.
+    """
+
+    registers: int
+    spilled_bytes: int
+    blocks: int
+    hot_loop: list[str]
+    loops: list[Work]
+    others: list[Work]
+    tile: Work | None
+
+
+def read_code(compiled: Any, arch: str, num_warps: int, box_bytes: int) -> Code:
+    """Reads a kernel that Triton compiled; `box_bytes` is what one copy of the tensor memory accelerator moves."""
+    gpu = GPUS.get(arch)
+    registers, spilled, lines = _nvidia_usage(compiled) if gpu else _amd_usage(compiled)
+    loops = matrix_loops(lines)
+    hot = loops[0] if loops else []
+    if gpu is None:
+        return Code(registers, spilled, 0, hot, [], [], None)
+    others, outside = other_loops(lines)
+    tensor_columns = getattr(compiled.metadata, "tmem_size", 0)
+    return Code(
+        registers,
+        spilled,
+        blocks_per_sm(gpu, registers, num_warps, compiled.metadata.shared, tensor_columns),
+        hot,
+        [work(loop, gpu, num_warps, box_bytes) for loop in loops],
+        [work(loop, gpu, num_warps, box_bytes) for loop in others],
+        work(outside, gpu, num_warps, box_bytes),
+    )
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int, list[str]]:

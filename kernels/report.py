@@ -29,7 +29,7 @@ import triton
 from kronmask import masks
 from kronmask.kernels.compiled import ARCHITECTURES, TYPES, CompiledKernel, compile_kernel
 from kronmask.kernels.config import PASSES, Option, options
-from kronmask.kernels.machine import PIPES
+from kronmask.kernels.machine import GPUS, PIPES
 from kronmask.kernels.tiles import Blocks, choose_tiling, dense_visits, make_tiling, transposed
 
 __all__ = ["VisitedTiles", "kernel_reports", "loop_table", "main", "tile_reports"]
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = next(dtype for dtype, name in TYPES.items() if name == options_.dtype)
 
     if options_.loops:
-        for arch in options_.arch:
+        for arch in (arch for arch in options_.arch if arch in GPUS):
             for head_dim in options_.head_dim:
                 for step in options_.step:
                     chosen = (options_.option,) if options_.option else options(step, arch, head_dim, dtype)
