@@ -186,7 +186,7 @@ def key_diagonal(
     return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
     query, key, value, grad_output, lse, delta, grad_key, grad_value,
     rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,

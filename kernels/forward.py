@@ -1,8 +1,8 @@
 """The forward kernel: attention under any Kronecker mask, output and log-sum-exp, with an online softmax in base 2.
 
 A program takes one tile of query rows of one head. It starts from the tile's diagonals (KMT's and KMCT's own token: `m = q.k`,
-`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered blocks, and then what is seen
-through explicit patterns. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered edges, which all rows see, and
+then the gathered blocks of which each row sees what the bits of its class say. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 """
 
 from __future__ import annotations

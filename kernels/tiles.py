@@ -29,6 +29,7 @@ from kronmask.mask import FIRST_PATTERN, FULL, IDENTITY, KronMask
 
 __all__ = [
     "KINDS",
+    "LOOPS",
     "Blocks",
     "KeyList",
     "Run",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 KINDS = ("token", "frame", "packed")
+LOOPS = ("whole", "edges", "tested")  # the loops over blocks of keys, in the order in which every kernel has them
 Range = tuple[int, int]  # [start, stop) of key rows
 RowClass = tuple[int, int]  # a key list, and the position in the frame where it has patterns, else -1
 
@@ -109,9 +111,13 @@ class Tile:
     edges: tuple[Range, ...]
     tested: tuple[Range, ...]
 
+    def visits_by_loop(self, columns: int) -> dict[str, int]:
+        """Number of blocks of that many columns that each loop of a kernel computes."""
+        return dict(zip(LOOPS, _visits(self.runs, self.edges, self.tested, columns), strict=True))
+
     def visits(self, columns: int) -> int:
         """Number of blocks of that many columns that are computed."""
-        return sum(_blocks(self.runs, self.edges, self.tested, columns))
+        return sum(_visits(self.runs, self.edges, self.tested, columns))
 
 
 @dataclass(frozen=True)
@@ -344,7 +350,7 @@ def _total(ranges: Iterable[Range]) -> int:
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
-def _blocks(runs: Iterable[Run], edges: Iterable[Range], tested: Iterable[Range], columns: int) -> tuple[int, int, int]:
+def _visits(runs: Iterable[Run], edges: Iterable[Range], tested: Iterable[Range], columns: int) -> tuple[int, int, int]:
     """Numbers of whole blocks, of gathered ones, and of those that are tested."""
     return sum([run.length for run in runs]) // columns, -(-_total(edges) // columns), -(-_total(tested) // columns)
 
@@ -356,7 +362,7 @@ def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) 
     for classes, count in Counter([classes for _, classes in _layout(mask, blocks.rows, kind)]).items():
         key = (classes, blocks.columns)
         if key not in known:
-            whole, edges, tested = _blocks(*_keys(mask, classes, blocks.columns), blocks.columns)
+            whole, edges, tested = _visits(*_keys(mask, classes, blocks.columns), blocks.columns)
             known[key] = (whole + EDGE_WEIGHT * edges + TESTED_WEIGHT * tested) * blocks.columns
         total += count * (known[key] + overhead)
     return total * (blocks.rows + ROW_OVERHEAD)
