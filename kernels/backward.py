@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kronmask.kernels import primitives
 from kronmask.kernels.config import Config, choose
-from kronmask.kernels.forward import constants, mask_tables
+from kronmask.kernels.forward import constants, mask_tables, widest
 from kronmask.kernels.primitives import (
     LOG2E,
+    addressable,
+    batch_and_head,
     diagonal_rows,
     dot,
     gather_block,
@@ -28,7 +30,6 @@ from kronmask.kernels.primitives import (
     seen_bits,
     store_rows,
     tile_rows,
-    unit_stride,
 )
 from kronmask.kernels.tiles import make_tables, transposed
 from kronmask.mask import KronMask
@@ -65,22 +66,22 @@ def query_diagonal(
     return (weight * (tl.sum(grad * v, 1) - delta))[:, None] * k
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "num_diagonals"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "length", "num_diagonals"])  # fmt: skip
 def backward_query_kernel(
     query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row, grad_batch, grad_head, grad_row, grad_query_batch, grad_query_head, grad_query_row,
-    num_tiles, heads, group, length, num_diagonals,
+    num_tiles, heads, group_heads, group, length, num_diagonals,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest."""
     tile = tl.program_id(0) % num_tiles
-    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    extent = tiles_table + tile * 10
+    batch, head = batch_and_head(extent, num_tiles, group_heads)
     key_base = key + batch * key_batch + head // group * key_head
     value_base = value + batch * value_batch + head // group * value_head
 
@@ -117,7 +118,6 @@ def backward_query_kernel(
                 log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
-    extent = tiles_table + tile * 9
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, run_length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, run_length, BLOCK_N):
@@ -195,7 +195,7 @@ def key_diagonal(
     return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "num_diagonals"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "sharing", "length", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
     query, key, value, grad_output, lse, delta, grad_key, grad_value,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
@@ -203,19 +203,22 @@ def backward_key_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     grad_batch, grad_head, grad_row,
     grad_key_batch, grad_key_head, grad_key_row, grad_value_batch, grad_value_head, grad_value_row,
-    num_tiles, heads, length, num_diagonals,
+    num_tiles, heads, group_heads, sharing, length, num_diagonals,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * Hkv)`. The tables are the transposed mask's."""
+    """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * group_heads)`. The tables are the transposed masks'.
+
+    `heads` counts a head of keys once for each of the `sharing` groups of heads that share it, and each has gradients of its own.
+    """
     tile = tl.program_id(0) % num_tiles
-    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    extent = tiles_table + tile * 10
+    batch, head = batch_and_head(extent, num_tiles, group_heads)
 
     rows, exists = tile_rows(rows_table, tile, BLOCK_M)
-    key_base = key + batch * key_batch + head * key_head
-    value_base = value + batch * value_batch + head * value_head
+    key_base = key + batch * key_batch + head // sharing * key_head
+    value_base = value + batch * value_batch + head // sharing * value_head
     k = load_rows(key_base, rows, key_row, exists, HEAD_DIM, BLOCK_D, True)
     v = load_rows(value_base, rows, value_row, exists, HEAD_DIM, BLOCK_D, True)
 
@@ -246,8 +249,6 @@ def backward_key_kernel(
             grad_v += share_v
 
     offsets = tl.arange(0, BLOCK_N)
-    extent = tiles_table + tile * 9
-
     for query_head_index in range(head * GROUP, (head + 1) * GROUP):
         query_base = query + batch * query_batch + query_head_index * query_head
         grad_base = grad_output + batch * grad_batch + query_head_index * grad_head
@@ -325,17 +326,17 @@ def attention_backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    mask: KronMask,
+    masks: tuple[KronMask, ...],
     scale: float,
     query_config: Config | None = None,
     key_config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention under a mask, equal to the bit from run to run.
+    """Gradients of attention under a mask, or under one for each group of heads, equal to the bit from run to run.
 
     Args:
         grad_output: `(B, Hq, Lq, D)`, any strides.
         grad_lse: `(B, Hq, Lq)` or None.
-        query, key, value, mask, scale: those of the forward; `output` and `lse`: its results.
+        query, key, value, masks, scale: those of the forward; `output` and `lse`: its results.
         query_config, key_config: the configurations to run instead of those chosen for the device.
 
     Returns:
@@ -343,43 +344,57 @@ def attention_backward(
     """
     batch, heads, length, head_dim = query.shape
     key_heads, device = key.shape[1], query.device
-    grad_query, grad_key, grad_value = (
-        primitives.empty(batch, x.shape[2], x.shape[1], head_dim, dtype=x.dtype, device=device).transpose(1, 2)
-        for x in (query, key, value)
+    owners = max(
+        key_heads, len(masks)
+    )  # of gradients of keys: groups of heads that share a head of keys have their own
+    sharing = owners // key_heads
+    sizes = (
+        (query, heads, query.dtype),
+        *[(x, owners, torch.float32 if sharing > 1 else x.dtype) for x in (key, value)],
     )
-    if not query.numel():
-        return grad_query, grad_key, grad_value
-    delta = primitives.empty(batch, heads, length, dtype=torch.float32, device=device)
-    query, key, value, output = (unit_stride(x) for x in (query, key, value, output))
-    grad_output, lse = unit_stride(grad_output.to(query.dtype)), lse.contiguous()
-    given_lse = lse if grad_lse is None else grad_lse.float().contiguous()
-
-    reverse = transposed(mask)
+    grad_query, grad_key, grad_value = (
+        primitives.empty(batch, x.shape[2], number, head_dim, dtype=dtype, device=device).transpose(1, 2)
+        for x, number, dtype in sizes
+    )
+    if query.numel():
+        delta = primitives.empty(batch, heads, length, dtype=torch.float32, device=device)
+        query, key, value, output = (addressable(x) for x in (query, key, value, output))
+        grad_output, lse = addressable(grad_output.to(query.dtype)), lse.contiguous()
+        given_lse = lse if grad_lse is None else grad_lse.float().contiguous()
+    reverse = tuple(transposed(mask) for mask in masks)
+    group_heads, group_owners = heads // len(masks), owners // len(masks)
 
     def launch_query(config: Config) -> None:
-        tables = make_tables(mask, config.blocks, config.kind, device)
-        backward_query_kernel[(tables.num_tiles * batch * heads,)](
+        tables = make_tables(masks, config.blocks, config.kind, device)
+        backward_query_kernel[(tables.num_tiles * batch * group_heads,)](
             query, key, value, output, grad_output, lse, given_lse, delta, grad_query, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad_output.stride()[:3],
             *grad_query.stride()[:3],
-            tables.num_tiles, heads, heads // key_heads, length, tables.num_diagonals,
+            tables.num_tiles, heads, group_heads, heads // key_heads, length, tables.num_diagonals,
             HAS_GRAD_LSE=grad_lse is not None, **constants(query, config, tables),
         )  # fmt: skip
 
     def launch_key(config: Config) -> None:
         tables = make_tables(reverse, config.blocks, config.kind, device)
-        backward_key_kernel[(tables.num_tiles * batch * key_heads,)](
+        backward_key_kernel[(tables.num_tiles * batch * group_owners,)](
             query, key, value, grad_output, lse, delta, grad_key, grad_value, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
             *grad_key.stride()[:3], *grad_value.stride()[:3],
-            tables.num_tiles, key_heads, length, tables.num_diagonals,
-            GROUP=heads // key_heads, **constants(query, config, tables, heads // key_heads),
+            tables.num_tiles, owners, group_owners, sharing, length, tables.num_diagonals,
+            GROUP=heads // owners, **constants(query, config, tables, heads // owners),
         )  # fmt: skip
 
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        # the query pass first: it writes the delta that the key pass reads
-        launch_query(query_config or choose("backward_query", mask, query, launch_query))
-        launch_key(key_config or choose("backward_key", reverse, query, launch_key))
+    if query.numel():
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            # the query pass first: it writes the delta that the key pass reads
+            of_group = query[:, :group_heads]
+            launch_query(query_config or choose("backward_query", widest(masks), of_group, launch_query))
+            launch_key(key_config or choose("backward_key", widest(reverse), of_group, launch_key))
+    if sharing > 1:
+        grad_key, grad_value = (
+            x.transpose(1, 2).unflatten(2, (key_heads, sharing)).sum(3).to(key.dtype).transpose(1, 2)
+            for x in (grad_key, grad_value)
+        )
     return grad_query, grad_key, grad_value

@@ -18,6 +18,8 @@ from kronmask.kernels import primitives
 from kronmask.kernels.config import Config, choose
 from kronmask.kernels.primitives import (
     LOG2E,
+    addressable,
+    batch_and_head,
     diagonal_rows,
     dot,
     gather_block,
@@ -28,12 +30,11 @@ from kronmask.kernels.primitives import (
     seen_bits,
     store_rows,
     tile_rows,
-    unit_stride,
 )
 from kronmask.kernels.tiles import TileTables, make_tables
 from kronmask.mask import KronMask
 
-__all__ = ["attention_forward", "constants", "forward_kernel", "mask_tables"]
+__all__ = ["attention_forward", "constants", "forward_kernel", "mask_tables", "widest"]
 
 
 @triton.jit
@@ -64,21 +65,21 @@ def softmax_step(q, k, v, maximum, total, acc, scale, seen, MASK: tl.constexpr, 
     return highest, total, acc
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "query_length", "num_diagonals"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "query_length", "num_diagonals"])  # fmt: skip
 def forward_kernel(
     query, key, value, output, lse,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row,
-    num_tiles, heads, group, query_length, num_diagonals,
+    num_tiles, heads, group_heads, group, query_length, num_diagonals,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest."""
     tile = tl.program_id(0) % num_tiles
-    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    extent = tiles_table + tile * 10
+    batch, head = batch_and_head(extent, num_tiles, group_heads)
     key_base = key + batch * key_batch + head // group * key_head
     value_base = value + batch * value_batch + head // group * value_head
 
@@ -109,7 +110,6 @@ def forward_kernel(
             acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
             maximum = highest
 
-    extent = tiles_table + tile * 9
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, length, BLOCK_N):
@@ -160,13 +160,14 @@ def forward_kernel(
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float, config: Config | None = None
+    query: Tensor, key: Tensor, value: Tensor, masks: tuple[KronMask, ...], scale: float, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a mask.
+    """Attention under a mask, or under one for each of several equal groups of heads.
 
     Args:
         query: `(B, Hq, Lq, D)` float32, float16 or bfloat16, D up to 256, any strides.
         key, value: `(B, Hkv, Lk, D)`.
+        masks: one, or one for each group of heads in order; of one number of frames, tokens and prefix.
         scale: factor on the scores.
         config: the configuration to run instead of the one chosen for the device.
 
@@ -178,24 +179,30 @@ def attention_forward(
     lse = primitives.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     if not output.numel():
         return output, lse
-    query, key, value = (unit_stride(x) for x in (query, key, value))
+    query, key, value = (addressable(x) for x in (query, key, value))
     if scale < 0:  # the running maximum is that of the scores before they are scaled
         query, scale = -query, -scale
     elif not scale:  # and -inf times 0 is no number
         query, scale = torch.zeros_like(query), 1.0
+    group_heads = heads // len(masks)
 
     def launch(config: Config) -> None:
-        tables = make_tables(mask, config.blocks, config.kind, query.device)
-        forward_kernel[(tables.num_tiles * batch * heads,)](
+        tables = make_tables(masks, config.blocks, config.kind, query.device)
+        forward_kernel[(tables.num_tiles * batch * group_heads,)](
             query, key, value, output, lse, *mask_tables(tables), scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-            tables.num_tiles, heads, heads // key.shape[1], length, tables.num_diagonals,
+            tables.num_tiles, heads, group_heads, heads // key.shape[1], length, tables.num_diagonals,
             **constants(query, config, tables),
         )  # fmt: skip
 
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        launch(config or choose("forward", mask, query, launch))
+        launch(config or choose("forward", widest(masks), query[:, :group_heads], launch))
     return output, lse
+
+
+def widest(masks: tuple[KronMask, ...]) -> KronMask:
+    """The mask with most pairs: it decides the configuration for all groups of heads."""
+    return max(masks, key=lambda mask: mask.num_pairs) if len(masks) > 1 else masks[0]
 
 
 def mask_tables(tables: TileTables) -> tuple[Tensor, ...]:

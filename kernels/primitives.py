@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "SUPPORTED", "block_dim", "empty", "is_interpreted", "precision", "unit_stride"]
+__all__ = ["LN2", "LOG2E", "SUPPORTED", "addressable", "block_dim", "empty", "is_interpreted", "precision"]
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -32,9 +32,10 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension is not contiguous (the kernels load whole rows)."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def addressable(tensor: Tensor) -> Tensor:
+    """The tensor `(B, H, L, D)`, copied if its last dimension is not contiguous or 32-bit offsets do not span a head."""
+    contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if contiguous and tensor.shape[2] * tensor.stride(2) < 2**31 else tensor.contiguous()
 
 
 def is_interpreted(kernel: object) -> bool:
@@ -86,6 +87,14 @@ def store_rows(
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
     values = narrow(values, base.dtype.element_ty, PRECISION)
     tl.store(pointers, values, mask=allowed[:, None] & (dims[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def batch_and_head(extent, num_tiles, group_heads):
+    """Which batch and head a program has: its tile says the group of heads."""
+    rest = tl.program_id(0) // num_tiles
+    head = tl.load(extent + 9) * group_heads + rest % group_heads
+    return (rest // group_heads).to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit

@@ -405,15 +405,15 @@ ABSENT = -(1 << 30)  # farther behind than any row is
 
 @dataclass(frozen=True)
 class TileTables:
-    """A tiling as the small tables that a kernel reads; int32, on the device.
+    """The tilings of one or several masks as the small tables that a kernel reads; int32, on the device.
 
     Attributes:
         rows: `(tiles * BM)`, the row of the sequence, or -1.
-        lists: `(tiles * BM)`, the row's key list.
+        lists: `(tiles * BM)`, the row's key list, of those of all masks.
         classes: `(tiles * BM)`, the row's class in its tile.
-        tiles: `(tiles * 9)`: where the tile's runs of whole blocks begin and end, which is where its partial ones begin; at which
-            block its edges begin, and how many keys they are; where its partial runs end; where its tested blocks begin and end;
-            where their bits begin, and how many classes the tile has.
+        tiles: `(tiles * 10)`: where the tile's runs of whole blocks begin and end, where its partial ones begin; the block at
+            which its edges begin, and how many keys they are; where its partial runs end; where its tested blocks begin and end;
+            where their bits begin, and how many classes the tile has; the tile's mask, which is its group of heads.
         runs: `(runs * 4)`: start, length, hole_at, hole; of a partial one start, length and where its bits begin: a word for each
             class of the tile, which is 1 if its rows see the run, and 0 if not.
         keys: `(gathered blocks * BN)`, the key row; what fills up a block repeats the last one.
@@ -438,11 +438,19 @@ class TileTables:
 
 
 @lru_cache(maxsize=256)
-def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device) -> TileTables:
-    """The tables of a mask under one layout, made once for each device: O(L) ints, and the bits of the tested blocks."""
-    tiling = make_tiling(mask, blocks, kind)
-    rows, row_classes, tiles, runs, gathered, bits = (array("i") for _ in range(6))
-    counting = _counting(max(mask.shape))
+def make_tables(masks: tuple[KronMask, ...], blocks: Blocks, kind: str, device: torch.device) -> TileTables:
+    """The tables of a mask, or of one for each group of heads, made once for each device.
+
+    They are O(L) ints and the bits of what is tested. Several masks have as many query tokens and one prefix. `kind` is the
+    layout of a mask alone; several have the best of each.
+    """
+    kinds = [kind] if len(masks) == 1 else [choose_tiling(mask, (blocks,))[0] for mask in masks]
+    tiles_of = [make_tiling(mask, blocks, layout).tiles for mask, layout in zip(masks, kinds, strict=True)]
+    every = [(group, tile) for group, tiles in enumerate(tiles_of) for tile in tiles]
+    if len(masks) > 1:
+        every.sort(key=lambda pair: -pair[1].visits(blocks.columns))
+    rows, row_lists, row_classes, tiles, runs, gathered, bits = (array("i") for _ in range(7))
+    counting = _counting(max(masks[0].shape))
     gathered_at: dict[tuple[Range, ...], tuple[int, int]] = {}
     bits_at: dict[bytes, int] = {}
     words_at: dict[tuple, int] = {}
@@ -464,7 +472,15 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
             bits.frombytes(content)
         return first
 
-    for tile in tiling.tiles:
+    number = max([len(keys.diagonals) for mask in masks for keys in key_lists(mask)])
+    diagonals = array("i")
+    first_list = []  # of each mask
+    for mask in masks:
+        first_list.append(len(diagonals) // max(number, 1))
+        for i, keys in enumerate(key_lists(mask)):
+            first = mask.prefix + i * mask.query_tokens
+            diagonals.extend([start - first for start in keys.diagonals] + [ABSENT] * (number - len(keys.diagonals)))
+    for group, tile in every:
         for first, count in tile.rows:
             rows.extend(counting[first : first + count])
         rows.extend([-1] * (-len(rows) % blocks.rows))
@@ -473,6 +489,7 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
             for (_, count), row_class in zip(tile.rows, tile.classes, strict=True):
                 row_classes.extend([classes.index(row_class)] * count)
         row_classes.extend([0] * (len(rows) - len(row_classes)))
+        row_lists.extend([first_list[group]] * blocks.rows)
         run = len(runs) // 4
         for r in tile.runs:
             runs.extend((r.start, r.length, r.hole_at, r.hole))
@@ -481,17 +498,11 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
             runs.extend((start, length, place(words.tobytes()), 0))
         first_edge, _ = gather(tile.edges)
         first, last = gather(tile.tested)
-        if tile.tested and (classes, tile.tested) not in words_at:
-            words_at[classes, tile.tested] = place(_bits(mask, classes, tile.tested, blocks.columns))
-        word = words_at.get((classes, tile.tested), 0)
+        if tile.tested and (group, classes, tile.tested) not in words_at:
+            words_at[group, classes, tile.tested] = place(_bits(masks[group], classes, tile.tested, blocks.columns))
+        word = words_at.get((group, classes, tile.tested), 0)
         partial, end = run + len(tile.runs), len(runs) // 4
-        tiles.extend((run, partial, first_edge, _total(tile.edges), end, first, last, word, len(classes)))
-    lists = key_lists(mask)
-    number = max(len(keys.diagonals) for keys in lists)
-    diagonals = array("i")
-    for i, keys in enumerate(lists):
-        first = mask.prefix + i * mask.query_tokens
-        diagonals.extend([start - first for start in keys.diagonals] + [ABSENT] * (number - len(keys.diagonals)))
+        tiles.extend((run, partial, first_edge, _total(tile.edges), end, first, last, word, len(classes), group))
 
     def table(values: array) -> Tensor:
         if not values:  # a pointer to nothing is no argument
@@ -499,15 +510,15 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
         return torch.frombuffer(values, dtype=torch.int32).clone().to(device)
 
     of_rows = table(rows)
-    in_frames = of_rows.clamp(min=0) - mask.prefix
-    row_lists = in_frames.div(mask.query_tokens, rounding_mode="floor").where(in_frames >= 0, len(mask.codes))
+    in_frames = of_rows.clamp(min=0) - masks[0].prefix
+    of_mask = in_frames.div(masks[0].query_tokens, rounding_mode="floor").where(in_frames >= 0, masks[0].query_frames)
     return TileTables(
         blocks=blocks,
-        num_tiles=len(tiling.tiles),
+        num_tiles=len(every),
         num_diagonals=number,
-        tested=any(tile.partial or tile.tested for tile in tiling.tiles),
+        tested=any(tile.partial or tile.tested for _, tile in every),
         rows=of_rows,
-        lists=row_lists.int(),
+        lists=(table(row_lists) + of_mask).int(),
         classes=table(row_classes),
         tiles=table(tiles),
         runs=table(runs),

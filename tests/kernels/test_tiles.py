@@ -17,7 +17,7 @@ BLOCKS = (Blocks(128, 64), Blocks(64, 64))
 
 def coverage(mask, blocks, kind):
     """How often each pair is computed, `(Lq, Lk)`, and how often each row is taken, `(Lq)`, as the tables say it."""
-    tables = make_tables(mask, blocks, kind, torch.device("cpu"))
+    tables = make_tables((mask,), blocks, kind, torch.device("cpu"))
     visits, taken = torch.zeros(mask.shape, dtype=torch.int), torch.zeros(mask.shape[0], dtype=torch.int)
     columns, words = torch.arange(blocks.columns), -(-blocks.columns // 32)
     for tile in range(tables.num_tiles):
@@ -25,7 +25,7 @@ def coverage(mask, blocks, kind):
         exists = tables.rows[members] >= 0
         rows, classes = tables.rows[members][exists], tables.classes[members][exists]
         taken[rows] += 1
-        run, partial, edge, edges, end, first, last, word, num_classes = tables.tiles[tile * 9 : tile * 9 + 9].tolist()
+        run, partial, edge, edges, end, first, last, word, num_classes, group = tables.tiles[tile * 10 :][:10].tolist()
         for start, length, hole_at, hole in tables.runs[run * 4 : partial * 4].view(-1, 4).tolist():
             assert length % blocks.columns == hole_at % blocks.columns == 0
             column = torch.arange(length)
@@ -35,6 +35,7 @@ def coverage(mask, blocks, kind):
         for start, length, of_classes, _ in tables.runs[partial * 4 : end * 4].view(-1, 4).tolist():
             assert length % blocks.columns == 0
             visits[rows, start : start + length] += tables.bits[of_classes + classes][:, None]
+        assert group == 0
         assert not (edges and last > first)
         for block in range(first, last):
             of_block = tables.bits[word:][: words * num_classes].unflatten(0, (words, num_classes))
@@ -151,9 +152,9 @@ def test_tables_are_made_in_milliseconds_and_kept(name):
     sys.setprofile(count)
     try:
         kind, blocks = choose_tiling(mask, BLOCKS)
-        tables = make_tables(mask, blocks, kind, torch.device("cpu"))
+        tables = make_tables((mask,), blocks, kind, torch.device("cpu"))
     finally:
         sys.setprofile(None)
     assert calls < 20_000
-    assert make_tables(masks.NAMES[name](32, 577), blocks, kind, torch.device("cpu")) is tables
+    assert make_tables((masks.NAMES[name](32, 577),), blocks, kind, torch.device("cpu")) is tables
     assert max(t.numel() for t in (tables.rows, tables.runs, tables.keys, tables.diagonals)) <= 2 * 32 * 577
