@@ -22,11 +22,10 @@ from kronmask.kernels.primitives import (
     dot,
     gather_block,
     load_block,
-    load_intervals,
     load_rows,
     load_run,
     narrow,
-    pattern_bits,
+    seen_bits,
     store_rows,
     tile_rows,
     unit_stride,
@@ -41,11 +40,13 @@ __all__ = ["attention_backward", "backward_key_kernel", "backward_query_kernel"]
 
 
 @triton.jit
-def query_step(q, grad, k, v, lse, delta, acc, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds the share of one block of keys to `acc (BLOCK_M, BLOCK_D)`; `lse` in base 2."""
+def query_step(q, grad, k, v, lse, delta, acc, scale, seen, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the share of one block of keys to `acc (BLOCK_M, BLOCK_D)`; `lse` in base 2; `seen` as in the forward."""
     weights = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - lse[:, None])
-    if MASKED:
-        weights = tl.where(allowed, weights, 0.0)
+    if MASK == "columns":
+        weights *= seen[None, :]
+    elif MASK == "pairs":
+        weights = tl.where(seen, weights, 0.0)
     grad_scores = weights * (dot(grad, tl.trans(v), None, PRECISION) - delta[:, None])
     return dot(narrow(grad_scores, k.dtype, PRECISION), k, acc, PRECISION)
 
@@ -64,17 +65,17 @@ def query_diagonal(
     return (weight * (tl.sum(grad * v, 1) - delta))[:, None] * k
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip # noqa: E501
 def backward_query_kernel(
     query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
-    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row, grad_batch, grad_head, grad_row, grad_query_batch, grad_query_head, grad_query_row,
-    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    num_tiles, heads, group, length, prefix, num_frames, tokens, num_diagonals,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
     tile = tl.program_id(0) % num_tiles
@@ -116,40 +117,36 @@ def backward_query_kernel(
                 log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
-    extent = tiles_table + tile * 7
+    extent = tiles_table + tile * 8
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, run_length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, run_length, BLOCK_N):
             first_key = start + column + tl.where(column >= hole_at, hole, 0)
             k = load_block(key_base, first_key, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
             v = load_block(value_base, first_key, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, False, PRECISION)
+            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, "none", PRECISION)
 
-    seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
-    whole = tl.load(extent + 3)
-    for block in range(tl.load(extent + 2), tl.load(extent + 4)):
-        keys, valid, allowed = gather_block(
-            keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
-        )
-        k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-        acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+    block = tl.load(extent + 2)
+    number = tl.load(extent + 3)
+    for done in range(0, number, BLOCK_N):
+        keys = gather_block(keys_table, block, BLOCK_N)
+        k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
+        v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
+        valid = (tl.arange(0, BLOCK_N) < number - done).to(tl.float32)
+        acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, valid, "columns", PRECISION)
+        block += 1
 
-    if PATTERNS:
-        offsets = tl.arange(0, BLOCK_N)
-        for run in range(tl.load(extent + 5), tl.load(extent + 6)):
-            pattern = tl.load(pattern_runs + run * 3)
-            start = tl.load(pattern_runs + run * 3 + 1)
-            run_length = tl.load(pattern_runs + run * 3 + 2)
-            for column in range(0, run_length, BLOCK_N):
-                valid = column + offsets < run_length
-                keys = start + column + offsets
-                k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
-                v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-                allowed = pattern_bits(
-                    patterns, pattern, positions, column + offsets, exists, valid, tokens, other_tokens
-                )
-                acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+    if TESTED:
+        word = tl.load(extent + 6)
+        num_classes = tl.load(extent + 7)
+        classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+        for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+            keys = gather_block(keys_table, block, BLOCK_N)
+            k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
+            v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
+            seen = seen_bits(bits_table, word, num_classes, classes, BLOCK_N)
+            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, seen, "pairs", PRECISION)
+            word += num_classes * ((BLOCK_N + 31) // 32)
 
     grad_query += batch * grad_query_batch + head * grad_query_head
     store_rows(grad_query, rows, grad_query_row, acc * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
@@ -159,13 +156,14 @@ def backward_query_kernel(
 
 
 @triton.jit
-def key_step(
-    k, v, q, grad, lse, delta, grad_k, grad_v, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Adds the share of one block of queries to the gradients `(BLOCK_M, BLOCK_D)` of a tile's keys and values."""
+def key_step(k, v, q, grad, lse, delta, grad_k, grad_v, scale, seen, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the share of one block of queries to the gradients `(BLOCK_M, BLOCK_D)` of a tile's keys and values.
+
+    An `lse` of infinity hides a query from all keys, which no mask needs to do.
+    """
     weights = tl.exp2(dot(k, tl.trans(q), None, PRECISION) * scale - (lse * 1.4426950408889634)[None, :])
-    if MASKED:
-        weights = tl.where(allowed, weights, 0.0)
+    if MASK == "pairs":
+        weights = tl.where(seen, weights, 0.0)
     grad_v = dot(narrow(weights, grad.dtype, PRECISION), grad, grad_v, PRECISION)
     grad_scores = weights * (dot(v, tl.trans(grad), None, PRECISION) - delta[None, :])
     grad_k = dot(narrow(grad_scores, q.dtype, PRECISION), q, grad_k, PRECISION)
@@ -188,17 +186,18 @@ def key_diagonal(
     return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
     query, key, value, grad_output, lse, delta, grad_key, grad_value,
-    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     grad_batch, grad_head, grad_row,
     grad_key_batch, grad_key_head, grad_key_row, grad_value_batch, grad_value_head, grad_value_row,
-    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    num_tiles, heads, length, prefix, num_frames, tokens, num_diagonals,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * Hkv)`. The tables are the transposed mask's."""
     tile = tl.program_id(0) % num_tiles
@@ -223,11 +222,11 @@ def backward_key_kernel(
         grad_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if DIAGONALS > 1:
-        for step in range(group * num_diagonals):
-            query_head_index = head * group + step // num_diagonals
+        for step in range(GROUP * num_diagonals):
+            query_head_index = head * GROUP + step // num_diagonals
             index = step % num_diagonals
             partners, present = diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames)
-            flat = (batch * heads * group + query_head_index) * length
+            flat = (batch * heads * GROUP + query_head_index) * length
             share_k, share_v = key_diagonal(
                 query + batch * query_batch + query_head_index * query_head,
                 grad_output + batch * grad_batch + query_head_index * grad_head,
@@ -238,13 +237,13 @@ def backward_key_kernel(
             grad_v += share_v
 
     offsets = tl.arange(0, BLOCK_N)
-    extent = tiles_table + tile * 7
+    extent = tiles_table + tile * 8
 
-    for query_head_index in range(head * group, (head + 1) * group):
+    for query_head_index in range(head * GROUP, (head + 1) * GROUP):
         query_base = query + batch * query_batch + query_head_index * query_head
         grad_base = grad_output + batch * grad_batch + query_head_index * grad_head
-        lse_base = lse + (batch * heads * group + query_head_index) * length
-        delta_base = delta + (batch * heads * group + query_head_index) * length
+        lse_base = lse + (batch * heads * GROUP + query_head_index) * length
+        delta_base = delta + (batch * heads * GROUP + query_head_index) * length
 
         for run in range(tl.load(extent), tl.load(extent + 1)):
             start, run_length, hole_at, hole = load_run(runs_table, run)
@@ -255,40 +254,37 @@ def backward_key_kernel(
                 log_sum = tl.load(lse_base + first_query + offsets)
                 change = tl.load(delta_base + first_query + offsets)
                 grad_k, grad_v = key_step(
-                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, False, PRECISION
+                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, "none", PRECISION
                 )
 
-        seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
-        whole = tl.load(extent + 3)
-        for block in range(tl.load(extent + 2), tl.load(extent + 4)):
-            queries, valid, allowed = gather_block(
-                keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
-            )
-            q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
-            grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
-            log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
-            change = tl.load(delta_base + queries, mask=valid, other=0.0)
+        block = tl.load(extent + 2)
+        number = tl.load(extent + 3)
+        for done in range(0, number, BLOCK_N):
+            queries = gather_block(keys_table, block, BLOCK_N)
+            q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
+            grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
+            log_sum = tl.where(offsets < number - done, tl.load(lse_base + queries), float("inf"))
+            change = tl.load(delta_base + queries)
             grad_k, grad_v = key_step(
-                k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
+                k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, "none", PRECISION
             )
+            block += 1
 
-        if PATTERNS:
-            for run in range(tl.load(extent + 5), tl.load(extent + 6)):
-                pattern = tl.load(pattern_runs + run * 3)
-                start = tl.load(pattern_runs + run * 3 + 1)
-                run_length = tl.load(pattern_runs + run * 3 + 2)
-                for column in range(0, run_length, BLOCK_N):
-                    columns = column + offsets
-                    valid = columns < run_length
-                    queries = start + columns
-                    q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
-                    grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
-                    log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
-                    change = tl.load(delta_base + queries, mask=valid, other=0.0)
-                    allowed = pattern_bits(patterns, pattern, positions, columns, exists, valid, tokens, other_tokens)
-                    grad_k, grad_v = key_step(
-                        k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
-                    )
+        if TESTED:
+            word = tl.load(extent + 6)
+            num_classes = tl.load(extent + 7)
+            classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+            for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+                queries = gather_block(keys_table, block, BLOCK_N)
+                q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
+                grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
+                log_sum = tl.load(lse_base + queries)
+                change = tl.load(delta_base + queries)
+                seen = seen_bits(bits_table, word, num_classes, classes, BLOCK_N)
+                grad_k, grad_v = key_step(
+                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, seen, "pairs", PRECISION
+                )
+                word += num_classes * ((BLOCK_N + 31) // 32)
 
     grad_key += batch * grad_key_batch + head * grad_key_head
     grad_value += batch * grad_value_batch + head * grad_value_head
@@ -356,8 +352,8 @@ def attention_backward(
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
             *grad_key.stride()[:3], *grad_value.stride()[:3],
-            tables.num_tiles, key_heads, heads // key_heads, length, *mask_arguments(reverse, tables),
-            **constants(query, config, tables, heads // key_heads),
+            tables.num_tiles, key_heads, length, *mask_arguments(reverse, tables),
+            GROUP=heads // key_heads, **constants(query, config, tables, heads // key_heads),
         )  # fmt: skip
 
     with torch.cuda.device_of(query):  # Triton launches on the current device

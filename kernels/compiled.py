@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from kronmask.kernels import backward, forward, primitives
 from kronmask.kernels.config import Option
 from kronmask.kernels.machine import GPUS, MATRIX, Work, blocks_per_sm, is_instruction, matrix_loops, other_loops, work
+from kronmask.kernels.tiles import LOOPS
 
 __all__ = ["ARCHITECTURES", "TYPES", "Code", "CompiledKernel", "compile_kernel", "read_code"]
 
@@ -38,11 +39,6 @@ KERNELS = {
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 COPIES = r"(LDGSTS|UTMALDG|UBLKCP|(buffer|global)_load\S* .*\blds\b)"
-LOOPS = (
-    "whole",
-    "gathered",
-    "patterns",
-)  # the loops that multiply matrices, in the order in which every kernel has them
 PRODUCTS = {"forward": 2, "backward_query": 3, "backward_key": 4}  # matrix products of a block
 
 
@@ -54,7 +50,7 @@ class CompiledKernel:
         instructions, matrix_instructions, async_copies: of the hot loop; one turn computes `rows x columns` scores.
         blocks: how many an SM holds (0 where there is no model of the GPU, as for those below).
         ideal: cycles of an SM for the products of one turn with the head's own dimensions, at the full rate.
-        loops: the work of one turn of each loop that multiplies matrices, in their order: "whole", "gathered"...
+        loops: the work of one turn of each loop that multiplies matrices, named as in `tiles.LOOPS`.
         diagonal: the work of one turn of the loop over diagonals, None where there is none.
         tile: the work of the code in no loop, once a tile (of branches, both sides).
     """
@@ -92,7 +88,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles the variant of a pass that a mask needs ("joint", or "kmt") and reads what it uses.
 
-    `variant` sets compile-time constants of the kernel to other values (`PATTERNS=True`).
+    `variant` sets compile-time constants of the kernel to other values (`DIAGONALS=2`).
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where there is nothing to compile.
@@ -103,13 +99,13 @@ def compile_kernel(
     structured = mask != "joint"
     constants = {
         "HAS_GRAD_LSE": False,
+        "GROUP": 1,
         "HEAD_DIM": head_dim,
         "BLOCK_D": primitives.block_dim(head_dim),
         "BLOCK_M": option.rows,
         "BLOCK_N": option.columns,
         "DIAGONALS": int(structured),
         "TESTED": structured,
-        "PATTERNS": False,
         "PRECISION": "ieee",
         **variant,
     }
@@ -168,9 +164,7 @@ def _argument_type(name: str, dtype: str) -> str:
         return f"*{dtype}"
     if name in ("lse", "grad_lse", "delta"):
         return "*fp32"
-    if name == "patterns":
-        return "*u8"
-    if name.endswith("_table") or name in ("intervals", "diagonals", "pattern_runs"):
+    if name.endswith("_table") or name == "diagonals":
         return "*i32"
     return "fp32" if name in ("scale", "log2_scale") else "i32"
 

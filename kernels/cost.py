@@ -35,11 +35,9 @@ class MaskCost:
 
 def loop_visits(tiling: Tiling) -> dict[str, int]:
     """How often a tiling turns each loop of a kernel."""
-    columns = tiling.blocks.columns
     visits: Counter[str] = Counter()
     for tile in tiling.tiles:
-        visits["whole"] += sum(run.length for run in tile.runs) // columns
-        visits["gathered"] += sum(-(-sum(b - a for a, b in ranges) // columns) for ranges in (tile.edges, tile.tested))
+        visits.update(tile.visits_by_loop(tiling.blocks.columns))
     return dict(visits)
 
 

@@ -1,8 +1,8 @@
 """The forward kernel: attention under any Kronecker mask, output and log-sum-exp, with an online softmax in base 2.
 
 A program takes one tile of query rows of one head. It starts from the tile's diagonals (KMT's and KMCT's own token: `m = q.k`,
-`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered blocks, and then what is seen
-through explicit patterns. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered edges, which all rows see, and
+then the gathered blocks of which each row sees what the bits of its class say. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from kronmask.kernels.primitives import (
     dot,
     gather_block,
     load_block,
-    load_intervals,
     load_rows,
     load_run,
     narrow,
-    pattern_bits,
+    seen_bits,
     store_rows,
     tile_rows,
     unit_stride,
@@ -36,35 +35,35 @@ __all__ = ["attention_forward", "constants", "forward_kernel", "mask_arguments",
 
 
 @triton.jit
-def softmax_step(q, k, v, maximum, total, acc, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys; `scale` is that of the scores times log2(e). MASKED blocks may hide all keys from a row."""
+def softmax_step(q, k, v, maximum, total, acc, scale, seen, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys; `scale`, positive, is that of the scores times log2(e).
+
+    MASK "columns": `seen (BLOCK_N)` is 0.0 for columns that repeat another and whose values are zero, and 1.0 for the others;
+    "pairs": `seen (BLOCK_M, BLOCK_N)`, which may hide all keys from a row.
+    """
     scores = dot(q, tl.trans(k), None, PRECISION)
-    if MASKED:
-        scores = tl.where(allowed, scores * scale, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, 1))
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
-    else:
-        highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - highest[:, None])
-        decay = tl.exp2(maximum - highest)
-    total = total * decay + tl.sum(weights, 1)
+    if MASK == "pairs":
+        scores = tl.where(seen, scores, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    shift = tl.where(highest == float("-inf"), 0.0, highest) if MASK == "pairs" else highest
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(maximum - shift)
+    total = total * decay + tl.sum(weights * seen[None, :] if MASK == "columns" else weights, 1)
     acc = acc * decay[:, None]
     acc = dot(narrow(weights, v.dtype, PRECISION), v, acc, PRECISION)
     return highest, total, acc
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "query_length", "prefix", "num_frames", "tokens", "key_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "query_length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip # noqa: E501
 def forward_kernel(
     query, key, value, output, lse,
-    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row,
-    num_tiles, heads, group, query_length, prefix, num_frames, tokens, key_tokens, num_diagonals,
+    num_tiles, heads, group, query_length, prefix, num_frames, tokens, num_diagonals,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
     tile = tl.program_id(0) % num_tiles
@@ -94,40 +93,36 @@ def forward_kernel(
             acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
             maximum = highest
 
-    extent = tiles_table + tile * 7
+    extent = tiles_table + tile * 8
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, length, BLOCK_N):
             first = start + column + tl.where(column >= hole_at, hole, 0)
             k = load_block(key_base, first, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
             v = load_block(value_base, first, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, False, PRECISION)
+            maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, "none", PRECISION)
 
-    seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
-    whole = tl.load(extent + 3)
-    for block in range(tl.load(extent + 2), tl.load(extent + 4)):
-        keys, valid, allowed = gather_block(
-            keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
-        )
-        k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
+    number = tl.load(extent + 3)
+    block = tl.load(extent + 2)
+    for done in range(0, number, BLOCK_N):
+        keys = gather_block(keys_table, block, BLOCK_N)
+        valid = tl.arange(0, BLOCK_N) < number - done
+        k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
         v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-        maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, allowed, True, PRECISION)
+        valid = valid.to(tl.float32)
+        maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, valid, "columns", PRECISION)
+        block += 1
 
-    if PATTERNS:
-        offsets = tl.arange(0, BLOCK_N)
-        for run in range(tl.load(extent + 5), tl.load(extent + 6)):
-            pattern = tl.load(pattern_runs + run * 3)
-            start = tl.load(pattern_runs + run * 3 + 1)
-            length = tl.load(pattern_runs + run * 3 + 2)
-            for column in range(0, length, BLOCK_N):
-                valid = column + offsets < length
-                keys = start + column + offsets
-                k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
-                v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-                allowed = pattern_bits(
-                    patterns, pattern, positions, column + offsets, exists, valid, tokens, key_tokens
-                )
-                maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, allowed, True, PRECISION)
+    if TESTED:
+        word, num_classes = tl.load(extent + 6), tl.load(extent + 7)
+        classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+        for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+            keys = gather_block(keys_table, block, BLOCK_N)
+            k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
+            v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
+            seen = seen_bits(bits_table, word, num_classes, classes, BLOCK_N)
+            maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, seen, "pairs", PRECISION)
+            word += num_classes * ((BLOCK_N + 31) // 32)
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -160,6 +155,8 @@ def attention_forward(
     query, key, value = (unit_stride(x) for x in (query, key, value))
     if scale < 0:  # the running maximum is that of the scores before they are scaled
         query, scale = -query, -scale
+    elif not scale:  # and -inf times 0 is no number
+        query, scale = torch.zeros_like(query), 1.0
 
     def launch(config: Config) -> None:
         tables = make_tables(mask, config.blocks, config.kind, query.device)
@@ -177,21 +174,12 @@ def attention_forward(
 
 def mask_tables(tables: TileTables) -> tuple[Tensor, ...]:
     """The tables in the order in which every kernel takes them."""
-    return (
-        tables.rows,
-        tables.tiles,
-        tables.runs,
-        tables.keys,
-        tables.intervals,
-        tables.diagonals,
-        tables.pattern_runs,
-        tables.patterns,
-    )
+    return (tables.rows, tables.classes, tables.tiles, tables.runs, tables.keys, tables.bits, tables.diagonals)
 
 
 def mask_arguments(mask: KronMask, tables: TileTables) -> tuple[int, ...]:
     """The mask's sizes in the order in which every kernel takes them."""
-    return (mask.prefix, mask.query_frames, mask.query_tokens, mask.key_tokens, tables.num_diagonals)
+    return (mask.prefix, mask.query_frames, mask.query_tokens, tables.num_diagonals)
 
 
 def constants(query: Tensor, config: Config, tables: TileTables, group: int = 1) -> dict[str, object]:
@@ -203,7 +191,6 @@ def constants(query: Tensor, config: Config, tables: TileTables, group: int = 1)
         "BLOCK_N": tables.blocks.columns,
         "DIAGONALS": min(tables.num_diagonals * group, 2),  # none, one, or a loop
         "TESTED": tables.tested,
-        "PATTERNS": tables.read_patterns,
         "PRECISION": primitives.precision(query.dtype, forward_kernel),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
