@@ -3,8 +3,8 @@
     python benchmarks/kernel_peers.py [--arch sm_80 sm_90] [--tutorial FILE]
 
 FlexAttention's forward is what torch's compiler generates for KMT and KMCT: it is told of a GPU that is not there and stopped
-when it hands its kernel to Triton. Triton's wheel does not have the tutorial on fused attention: FILE is a copy of its `_attn_fwd` and
-`_attn_fwd_inner` (`python/tutorials/06-fused-attention.py`, the version with block pointers).
+when it hands its kernel to Triton. The tutorial on fused attention is not in Triton's wheel: FILE is a copy of its `_attn_fwd`
+and `_attn_fwd_inner` (`python/tutorials/06-fused-attention.py`, the version with block pointers).
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from kronmask.kernels.compiled import PRODUCTS, CompiledKernel
 from kronmask.kernels.machine import GPUS, Work
-from kronmask.kernels.tiles import Blocks, Tiling, choose_tiling, make_tiling, transposed
+from kronmask.kernels.tiles import Blocks, choose_tiling, make_tiling, transposed
 from kronmask.mask import KronMask
 
-__all__ = ["MaskCost", "loop_visits", "mask_cost"]
+__all__ = ["MaskCost", "mask_cost"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,6 @@ class MaskCost:
     loops: float
     tiles: float
     estimated: float
-
-
-def loop_visits(tiling: Tiling) -> dict[str, int]:
-    """How often a tiling turns each loop of a kernel."""
-    visits: Counter[str] = Counter()
-    for tile in tiling.tiles:
-        visits.update(tile.visits_by_loop(tiling.blocks.columns))
-    return dict(visits)
 
 
 def mask_cost(kernel: CompiledKernel, mask: KronMask) -> MaskCost:
