@@ -39,9 +39,10 @@ def mask_cost(kernel: CompiledKernel, mask: KronMask) -> MaskCost:
     blocks = Blocks(kernel.rows, kernel.columns)
     kind, _ = choose_tiling(walked, (blocks,))
     tiling = make_tiling(walked, blocks, kind)
-    turns: list[tuple[int, Work]] = [
-        (visits, kernel.loops[name]) for name, visits in loop_visits(tiling).items() if visits
-    ]
+    visited: Counter[str] = Counter()
+    for tile in tiling.tiles:
+        visited.update(tile.visits_by_loop(blocks.columns))
+    turns: list[tuple[int, Work]] = [(visits, kernel.loops[loop]) for loop, visits in visited.items() if visits]
     once = [work for work in (kernel.diagonal, kernel.tile) if work is not None]
     pairs = mask.num_pairs * 2 * PRODUCTS[kernel.step] * kernel.head_dim / GPUS[kernel.arch].flop
     return MaskCost(
