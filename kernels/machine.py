@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = [
     "GPUS",
@@ -94,6 +94,11 @@ class Work:
     def in_turn(self) -> float:
         """Cycles if matrix products and all else take turns, as they do in one block of threads that waits for each product."""
         return max(self.overlapped, self.cycles["tensor"] + self.rest)
+
+    def without(self, other: Work, times: int) -> Work:
+        """This work less that of code which it repeats so many times."""
+        cycles = {pipe: max(0.0, own - times * other.cycles[pipe]) for pipe, own in self.cycles.items()}
+        return replace(self, cycles=cycles, ideal=max(0.0, self.ideal - times * other.ideal))
 
     def estimated(self, streams: int) -> float:
         """Cycles if so many blocks (or warp groups that run apart) take turns: the shorter part hides behind the longer.
