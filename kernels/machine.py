@@ -183,7 +183,7 @@ def is_instruction(line: str, pattern: str) -> bool:
 EXECUTED_BY = {
     "exp2": r"(MUFU|I2F|F2I|I2I|F2F|POPC|FLO|BREV)\b",
     "fp32": r"(FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD)",
-    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
+    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF\b|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
     "shared": r"(LDS|STS|LDSM|STSM|SHFL)\b",
     "l2": r"(LDGSTS|UTMALDG|LDG|STG|LD|ST|RED|ATOM)\b",
 }

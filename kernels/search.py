@@ -66,8 +66,10 @@ def ranked(step: str, arch: str, head_dim: int, cache: Path) -> list[tuple[float
     for rows, columns, warps in space(step, arch, head_dim):
         for stages in (2, 3, 4):
             kernel = _compiled(step, Option(rows, columns, warps, stages), "kmt", head_dim, arch, cache)
-            if kernel is None or kernel.spilled_bytes or kernel.shared_bytes > kernel.shared_limit or not kernel.blocks:
-                break  # more stages need more of both
+            if kernel is None or kernel.spilled_bytes > 64 or kernel.shared_bytes > kernel.shared_limit:
+                break
+            if kernel.spilled_bytes or not kernel.blocks:
+                continue  # the compiler allocates a few registers more or less for other stages
             found.append((score(kernel), kernel))
             turn = kernel.blocks * kernel.loops["whole"].estimated(kernel.blocks)
             if (stages - 1) * turn >= LATENCY:
