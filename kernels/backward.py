@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kronmask.kernels import primitives
 from kronmask.kernels.config import Config, choose
-from kronmask.kernels.forward import constants, mask_arguments, mask_tables
+from kronmask.kernels.forward import constants, mask_tables
 from kronmask.kernels.primitives import (
     LOG2E,
     diagonal_rows,
@@ -65,14 +65,14 @@ def query_diagonal(
     return (weight * (tl.sum(grad * v, 1) - delta))[:, None] * k
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "num_diagonals"])  # fmt: skip
 def backward_query_kernel(
     query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
-    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
+    rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row, grad_batch, grad_head, grad_row, grad_query_batch, grad_query_head, grad_query_row,
-    num_tiles, heads, group, length, prefix, num_frames, tokens, num_diagonals,
+    num_tiles, heads, group, length, num_diagonals,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +84,7 @@ def backward_query_kernel(
     key_base = key + batch * key_batch + head // group * key_head
     value_base = value + batch * value_batch + head // group * value_head
 
-    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     query_base = query + batch * query_batch + head * query_head
     grad_base = grad_output + batch * grad_batch + head * grad_head
     q = load_rows(query_base, rows, query_row, exists, HEAD_DIM, BLOCK_D, True)
@@ -102,7 +102,7 @@ def backward_query_kernel(
     tl.store(delta + flat, change, mask=exists)
 
     if DIAGONALS == 1:
-        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        partners, present = diagonal_rows(diagonals, lists_table, tile, 0, 1, rows, exists, BLOCK_M)
         acc = query_diagonal(
             query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
             log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
@@ -111,13 +111,13 @@ def backward_query_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if DIAGONALS > 1:
         for i in range(num_diagonals):
-            partners, present = diagonal_rows(diagonals, i, num_diagonals, lists, positions, exists, num_frames)
+            partners, present = diagonal_rows(diagonals, lists_table, tile, i, num_diagonals, rows, exists, BLOCK_M)
             acc += query_diagonal(
                 query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
                 log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
-    extent = tiles_table + tile * 8
+    extent = tiles_table + tile * 9
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, run_length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, run_length, BLOCK_N):
@@ -128,7 +128,7 @@ def backward_query_kernel(
 
     block = tl.load(extent + 2)
     number = tl.load(extent + 3)
-    for done in range(0, number, BLOCK_N):
+    for done in tl.range(0, number, BLOCK_N, num_stages=1):  # seldom more than two turns
         keys = gather_block(keys_table, block, BLOCK_N)
         k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
         v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
@@ -137,10 +137,19 @@ def backward_query_kernel(
         block += 1
 
     if TESTED:
-        word = tl.load(extent + 6)
-        num_classes = tl.load(extent + 7)
         classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-        for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+        for run in range(tl.load(extent + 1), tl.load(extent + 4)):
+            start, run_length, word, _ = load_run(runs_table, run)
+            seen = tl.load(bits_table + word + classes) != 0
+            hidden = tl.where(seen, log_sum, float("inf"))
+            for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
+                k = load_block(key_base, start + column, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                v = load_block(value_base, start + column, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                acc = query_step(q, grad, k, v, hidden, change, acc, log2_scale, None, "none", PRECISION)
+
+        word = tl.load(extent + 7)
+        num_classes = tl.load(extent + 8)
+        for block in tl.range(tl.load(extent + 5), tl.load(extent + 6), num_stages=1):
             keys = gather_block(keys_table, block, BLOCK_N)
             k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
             v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
@@ -186,15 +195,15 @@ def key_diagonal(
     return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_tiles", "heads", "length", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
     query, key, value, grad_output, lse, delta, grad_key, grad_value,
-    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
+    rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     grad_batch, grad_head, grad_row,
     grad_key_batch, grad_key_head, grad_key_row, grad_value_batch, grad_value_head, grad_value_row,
-    num_tiles, heads, length, prefix, num_frames, tokens, num_diagonals,
+    num_tiles, heads, length, num_diagonals,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -204,14 +213,14 @@ def backward_key_kernel(
     batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
 
-    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     key_base = key + batch * key_batch + head * key_head
     value_base = value + batch * value_batch + head * value_head
     k = load_rows(key_base, rows, key_row, exists, HEAD_DIM, BLOCK_D, True)
     v = load_rows(value_base, rows, value_row, exists, HEAD_DIM, BLOCK_D, True)
 
     if DIAGONALS == 1:
-        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        partners, present = diagonal_rows(diagonals, lists_table, tile, 0, 1, rows, exists, BLOCK_M)
         flat = (batch * heads + head) * length
         grad_k, grad_v = key_diagonal(
             query + batch * query_batch + head * query_head, grad_output + batch * grad_batch + head * grad_head,
@@ -225,7 +234,7 @@ def backward_key_kernel(
         for step in range(GROUP * num_diagonals):
             query_head_index = head * GROUP + step // num_diagonals
             index = step % num_diagonals
-            partners, present = diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames)
+            partners, present = diagonal_rows(diagonals, lists_table, tile, index, num_diagonals, rows, exists, BLOCK_M)
             flat = (batch * heads * GROUP + query_head_index) * length
             share_k, share_v = key_diagonal(
                 query + batch * query_batch + query_head_index * query_head,
@@ -237,7 +246,7 @@ def backward_key_kernel(
             grad_v += share_v
 
     offsets = tl.arange(0, BLOCK_N)
-    extent = tiles_table + tile * 8
+    extent = tiles_table + tile * 9
 
     for query_head_index in range(head * GROUP, (head + 1) * GROUP):
         query_base = query + batch * query_batch + query_head_index * query_head
@@ -259,7 +268,7 @@ def backward_key_kernel(
 
         block = tl.load(extent + 2)
         number = tl.load(extent + 3)
-        for done in range(0, number, BLOCK_N):
+        for done in tl.range(0, number, BLOCK_N, num_stages=1):  # seldom more than two turns
             queries = gather_block(keys_table, block, BLOCK_N)
             q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
             grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
@@ -271,10 +280,23 @@ def backward_key_kernel(
             block += 1
 
         if TESTED:
-            word = tl.load(extent + 6)
-            num_classes = tl.load(extent + 7)
             classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-            for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+            for run in range(tl.load(extent + 1), tl.load(extent + 4)):
+                start, run_length, word, _ = load_run(runs_table, run)
+                seen = (tl.load(bits_table + word + classes) != 0)[:, None]
+                for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
+                    first_query = start + column
+                    q = load_block(query_base, first_query, query_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                    grad = load_block(grad_base, first_query, grad_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                    log_sum = tl.load(lse_base + first_query + offsets)
+                    change = tl.load(delta_base + first_query + offsets)
+                    grad_k, grad_v = key_step(
+                        k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, seen, "pairs", PRECISION
+                    )
+
+            word = tl.load(extent + 7)
+            num_classes = tl.load(extent + 8)
+            for block in tl.range(tl.load(extent + 5), tl.load(extent + 6), num_stages=1):
                 queries = gather_block(keys_table, block, BLOCK_N)
                 q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
                 grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
@@ -341,7 +363,7 @@ def attention_backward(
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad_output.stride()[:3],
             *grad_query.stride()[:3],
-            tables.num_tiles, heads, heads // key_heads, length, *mask_arguments(mask, tables),
+            tables.num_tiles, heads, heads // key_heads, length, tables.num_diagonals,
             HAS_GRAD_LSE=grad_lse is not None, **constants(query, config, tables),
         )  # fmt: skip
 
@@ -352,7 +374,7 @@ def attention_backward(
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
             *grad_key.stride()[:3], *grad_value.stride()[:3],
-            tables.num_tiles, key_heads, length, *mask_arguments(reverse, tables),
+            tables.num_tiles, key_heads, length, tables.num_diagonals,
             GROUP=heads // key_heads, **constants(query, config, tables, heads // key_heads),
         )  # fmt: skip
 

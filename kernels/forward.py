@@ -1,8 +1,10 @@
 """The forward kernel: attention under any Kronecker mask, output and log-sum-exp, with an online softmax in base 2.
 
 A program takes one tile of query rows of one head. It starts from the tile's diagonals (KMT's and KMCT's own token: `m = q.k`,
-`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered edges, which all rows see, and
-then the gathered blocks of which each row sees what the bits of its class say. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+`l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered edges, which all rows see,
+then the whole blocks that some rows see and others do not, and last the gathered blocks of which each row sees what the bits of
+its class say. After FlashAttention-2 (Dao 2023, arXiv
+2307.08691).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from kronmask.kernels.primitives import (
 from kronmask.kernels.tiles import TileTables, make_tables
 from kronmask.mask import KronMask
 
-__all__ = ["attention_forward", "constants", "forward_kernel", "mask_arguments", "mask_tables"]
+__all__ = ["attention_forward", "constants", "forward_kernel", "mask_tables"]
 
 
 @triton.jit
@@ -39,29 +41,37 @@ def softmax_step(q, k, v, maximum, total, acc, scale, seen, MASK: tl.constexpr, 
     """One block of keys; `scale`, positive, is that of the scores times log2(e).
 
     MASK "columns": `seen (BLOCK_N)` is 0.0 for columns that repeat another and whose values are zero, and 1.0 for the others;
-    "pairs": `seen (BLOCK_M, BLOCK_N)`, which may hide all keys from a row.
+    "rows": `seen (BLOCK_M)`, all of the block or nothing; "pairs": `seen (BLOCK_M, BLOCK_N)`. The latter two may hide all keys
+    from a row.
     """
     scores = dot(q, tl.trans(k), None, PRECISION)
     if MASK == "pairs":
         scores = tl.where(seen, scores, float("-inf"))
-    highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
-    shift = tl.where(highest == float("-inf"), 0.0, highest) if MASK == "pairs" else highest
-    weights = tl.exp2(scores * scale - shift[:, None])
+    highest = tl.max(scores, 1) * scale
+    if MASK == "rows":
+        highest = tl.where(seen, highest, float("-inf"))
+    highest = tl.maximum(maximum, highest)
+    shift = highest
+    if MASK == "rows" or MASK == "pairs":
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
     decay = tl.exp2(maximum - shift)
+    if MASK == "rows":
+        shift = tl.where(seen, shift, float("inf"))
+    weights = tl.exp2(scores * scale - shift[:, None])
     total = total * decay + tl.sum(weights * seen[None, :] if MASK == "columns" else weights, 1)
     acc = acc * decay[:, None]
     acc = dot(narrow(weights, v.dtype, PRECISION), v, acc, PRECISION)
     return highest, total, acc
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "query_length", "prefix", "num_frames", "tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "query_length", "num_diagonals"])  # fmt: skip
 def forward_kernel(
     query, key, value, output, lse,
-    rows_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
+    rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row,
-    num_tiles, heads, group, query_length, prefix, num_frames, tokens, num_diagonals,
+    num_tiles, heads, group, query_length, num_diagonals,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,15 +82,21 @@ def forward_kernel(
     key_base = key + batch * key_batch + head // group * key_head
     value_base = value + batch * value_batch + head // group * value_head
 
-    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     q = load_rows(query + batch * query_batch + head * query_head, rows, query_row, exists, HEAD_DIM, BLOCK_D, True)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    if DIAGONALS:
+    if DIAGONALS == 1:  # the first key of each row
+        partners, present = diagonal_rows(diagonals, lists_table, tile, 0, 1, rows, exists, BLOCK_M)
+        own = load_rows(key_base, partners, key_row, present, HEAD_DIM, BLOCK_D, True)
+        maximum = tl.where(present, tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale, float("-inf"))
+        total = present.to(tl.float32)
+        acc = load_rows(value_base, partners, value_row, present, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    else:
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DIAGONALS > 1:
         for i in range(num_diagonals):
-            keys, seen = diagonal_rows(diagonals, i, num_diagonals, lists, positions, exists, num_frames)
+            keys, seen = diagonal_rows(diagonals, lists_table, tile, i, num_diagonals, rows, exists, BLOCK_M)
             k = load_rows(key_base, keys, key_row, seen, HEAD_DIM, BLOCK_D, True)
             v = load_rows(value_base, keys, value_row, seen, HEAD_DIM, BLOCK_D, True)
             score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
@@ -93,7 +109,7 @@ def forward_kernel(
             acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
             maximum = highest
 
-    extent = tiles_table + tile * 8
+    extent = tiles_table + tile * 9
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, length, BLOCK_N):
@@ -102,9 +118,9 @@ def forward_kernel(
             v = load_block(value_base, first, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
             maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, "none", PRECISION)
 
-    number = tl.load(extent + 3)
     block = tl.load(extent + 2)
-    for done in range(0, number, BLOCK_N):
+    number = tl.load(extent + 3)
+    for done in tl.range(0, number, BLOCK_N, num_stages=1):  # seldom more than two turns
         keys = gather_block(keys_table, block, BLOCK_N)
         valid = tl.arange(0, BLOCK_N) < number - done
         k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
@@ -114,9 +130,18 @@ def forward_kernel(
         block += 1
 
     if TESTED:
-        word, num_classes = tl.load(extent + 6), tl.load(extent + 7)
         classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-        for block in range(tl.load(extent + 4), tl.load(extent + 5)):
+        for run in range(tl.load(extent + 1), tl.load(extent + 4)):
+            start, length, word, _ = load_run(runs_table, run)
+            seen = tl.load(bits_table + word + classes) != 0
+            for column in tl.range(0, length, BLOCK_N, num_stages=1):
+                k = load_block(key_base, start + column, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                v = load_block(value_base, start + column, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, seen, "rows", PRECISION)
+
+        word = tl.load(extent + 7)
+        num_classes = tl.load(extent + 8)
+        for block in tl.range(tl.load(extent + 5), tl.load(extent + 6), num_stages=1):
             keys = gather_block(keys_table, block, BLOCK_N)
             k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
             v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
@@ -125,8 +150,9 @@ def forward_kernel(
             word += num_classes * ((BLOCK_N + 31) // 32)
 
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    log_sum = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    total = tl.where(empty, 1.0, total)
+    acc = acc * (1.0 / total)[:, None]
+    log_sum = tl.where(empty, float("-inf"), (maximum + tl.log2(total)) * 0.6931471805599453)
     store_rows(
         output + batch * output_batch + head * output_head, rows, output_row, acc, exists, HEAD_DIM, BLOCK_D, PRECISION
     )
@@ -163,7 +189,7 @@ def attention_forward(
         forward_kernel[(tables.num_tiles * batch * heads,)](
             query, key, value, output, lse, *mask_tables(tables), scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-            tables.num_tiles, heads, heads // key.shape[1], length, *mask_arguments(mask, tables),
+            tables.num_tiles, heads, heads // key.shape[1], length, tables.num_diagonals,
             **constants(query, config, tables),
         )  # fmt: skip
 
@@ -174,12 +200,16 @@ def attention_forward(
 
 def mask_tables(tables: TileTables) -> tuple[Tensor, ...]:
     """The tables in the order in which every kernel takes them."""
-    return (tables.rows, tables.classes, tables.tiles, tables.runs, tables.keys, tables.bits, tables.diagonals)
-
-
-def mask_arguments(mask: KronMask, tables: TileTables) -> tuple[int, ...]:
-    """The mask's sizes in the order in which every kernel takes them."""
-    return (mask.prefix, mask.query_frames, mask.query_tokens, tables.num_diagonals)
+    return (
+        tables.rows,
+        tables.lists,
+        tables.classes,
+        tables.tiles,
+        tables.runs,
+        tables.keys,
+        tables.bits,
+        tables.diagonals,
+    )
 
 
 def constants(query: Tensor, config: Config, tables: TileTables, group: int = 1) -> dict[str, object]:

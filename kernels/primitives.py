@@ -65,7 +65,7 @@ def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, row_stride, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """`(rows, BLOCK_D)`; zeros beyond HEAD_DIM and, if MASKED, in rows that are not allowed. `addressable` holds offsets to 32 bits."""
+    """`(rows, BLOCK_D)`; zeros beyond HEAD_DIM and, if MASKED, in rows that are not allowed. Offsets fit in 32 bits."""
     dims = tl.arange(0, BLOCK_D)
     pointers = base + (rows * row_stride)[:, None] + dims[None, :]
     if MASKED:
@@ -89,14 +89,10 @@ def store_rows(
 
 
 @triton.jit
-def tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M: tl.constexpr):
-    """Rows of a tile `(BLOCK_M)`: which (0 where there is none), whether there is one, key list, position in the frame."""
+def tile_rows(rows_table, tile, BLOCK_M: tl.constexpr):
+    """Rows of a tile `(BLOCK_M)`: which (0 where there is none), and whether there is one."""
     rows = tl.load(rows_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-    exists = rows >= 0
-    rows = tl.maximum(rows, 0)
-    in_frames = tl.maximum(rows - prefix, 0)
-    lists = tl.where(rows < prefix, num_frames, in_frames // tokens)
-    return rows, exists, lists, in_frames % tokens
+    return tl.maximum(rows, 0), rows >= 0
 
 
 @triton.jit
@@ -132,7 +128,8 @@ def seen_bits(bits_table, first, num_classes, classes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames):
+def diagonal_rows(diagonals, lists_table, tile, index, num_diagonals, rows, exists, BLOCK_M: tl.constexpr):
     """Rows `(BLOCK_M)` of the other sequence that lie at the tile's own positions, 0 where there is none; and where there is."""
-    first = tl.load(diagonals + lists * num_diagonals + index, mask=exists & (lists < num_frames), other=-1)
-    return tl.where(first >= 0, first + positions, 0), first >= 0
+    lists = tl.load(lists_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    partners = rows + tl.load(diagonals + lists * num_diagonals + index)
+    return tl.maximum(partners, 0), exists & (partners >= 0)

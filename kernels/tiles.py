@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,18 +46,23 @@ __all__ = [
 ]
 
 KINDS = ("token", "frame", "packed")
-LOOPS = ("whole", "edges", "tested")  # the loops over blocks of keys, in the order in which every kernel has them
+LOOPS = (
+    "whole",
+    "edges",
+    "partial",
+    "tested",
+)  # the loops over blocks of keys, in the order in which every kernel has them
 Range = tuple[int, int]  # [start, stop) of key rows
 RowClass = tuple[int, int]  # a key list, and the position in the frame where it has patterns, else -1
+Partial = tuple[int, int, tuple[int, ...]]  # first key row, keys, and the key lists that see them
 
 # The cost model, in units of one query row by one key column of matrix product.
 # loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
 ROW_OVERHEAD = 6
 TILE_OVERHEAD = 32  # columns' worth of work to load a tile's queries and store its output
-# Of a column that is gathered, and of one that is also tested row by row: cycles of the compiled loops of the forward relative to
-# that of whole blocks (sm_90, head dimension 64); elsewhere the matrix products hide most of it.
-EDGE_WEIGHT = 1.15
-TESTED_WEIGHT = 1.3
+# Of a column in each of LOOPS: cycles of the compiled forward relative to whole blocks (sm_90, head dimension 64); in the
+# backward passes and on sm_80 the matrix products hide most of what is more.
+WEIGHTS = (1.0, 1.05, 1.02, 1.25)
 DIAGONAL_COLUMNS = 4  # columns' worth of work of one row-wise product
 
 
@@ -102,22 +108,28 @@ class Tile:
         classes: the class of each run of rows; rows of one class see the same keys, diagonals apart.
         runs: whole blocks of keys that all of its rows see.
         edges: ranges of the other keys that all of its rows see; gathered into blocks.
-        tested: ranges of keys that some of its rows see; gathered into blocks.
+        partial: whole blocks of keys of which each row sees all or nothing, `(first, keys, the key lists that see them)`.
+        tested: ranges of the other keys that some of its rows see; gathered into blocks.
     """
 
     rows: tuple[Range, ...]
     classes: tuple[RowClass, ...]
     runs: tuple[Run, ...]
     edges: tuple[Range, ...]
+    partial: tuple[Partial, ...]
     tested: tuple[Range, ...]
+
+    @property
+    def keys(self) -> Keys:
+        return self.runs, self.edges, self.partial, self.tested
 
     def visits_by_loop(self, columns: int) -> dict[str, int]:
         """Number of blocks of that many columns that each loop of a kernel computes."""
-        return dict(zip(LOOPS, _visits(self.runs, self.edges, self.tested, columns), strict=True))
+        return dict(zip(LOOPS, _visits(self.keys, columns), strict=True))
 
     def visits(self, columns: int) -> int:
         """Number of blocks of that many columns that are computed."""
-        return sum(_visits(self.runs, self.edges, self.tested, columns))
+        return sum(_visits(self.keys, columns))
 
 
 @dataclass(frozen=True)
@@ -248,24 +260,51 @@ def _by_position(mask: KronMask, members: Sequence[int], rows: int) -> Layout:
 
 # ---- keys of a tile -------------------------------------------------------------------------------------------------
 
-Keys = tuple[tuple[Run, ...], tuple[Range, ...], tuple[Range, ...]]  # runs, edges and tested ranges of a tile
+Keys = tuple[
+    tuple[Run, ...], tuple[Range, ...], tuple[Partial, ...], tuple[Range, ...]
+]  # of a tile, in the order of LOOPS
 
 
 def _keys(mask: KronMask, classes: Sequence[RowClass], columns: int) -> Keys:
     """What a tile visits whose rows are of these classes."""
-    lists = [key_lists(mask)[i] for i in dict.fromkeys(i for i, _ in classes)]
-    common: Sequence[Range] = lists[0].ranges
-    for other in lists[1:]:
-        common = _intersection(common, other.ranges)
-    blocks, edges = _split(common, columns)
-    if any(keys.patterns for keys in lists):
-        union = _ranges(torch.stack([_seen(mask, row_class) for row_class in dict.fromkeys(classes)]).any(0))
-    elif len(lists) > 1:
-        union = _union(lists)
-    else:
-        return _holed(blocks), tuple(edges), ()
-    rest = tuple(_without(union, blocks))
-    return (_holed(blocks), rest, ()) if len(set(classes)) == 1 else (_holed(blocks), (), rest)
+    every = key_lists(mask)
+    members = list(dict.fromkeys(i for i, _ in classes))
+    if len(members) == 1 and not every[members[0]].patterns:
+        blocks, edges = _split(every[members[0]].ranges, columns)
+        return _holed(blocks), tuple(edges), (), ()
+    common, partial, rest = [], [], []
+    for start, stop, seen_by in _pieces({i: every[i].ranges for i in members}):
+        middle = start + (stop - start) // columns * columns
+        if len(seen_by) == len(members):
+            common.append((start, middle))
+        elif start < middle:
+            partial.append((start, middle - start, seen_by))
+        rest.append((middle, stop))
+    if every[members[0]].patterns:  # then there is one list
+        seen = torch.stack([_seen(mask, row_class) for row_class in dict.fromkeys(classes)]).any(0)
+        for start, stop in common:
+            seen[start:stop] = False
+        rest = _ranges(seen)
+    runs = _holed([piece for piece in common if piece[0] < piece[1]])
+    left = tuple(piece for piece in rest if piece[0] < piece[1])
+    return (runs, left, (), ()) if len(set(classes)) == 1 else (runs, (), tuple(partial), left)
+
+
+def _pieces(lists: dict[int, tuple[Range, ...]]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """The keys that any of the lists has, cut wherever one of them begins or ends: `(start, stop, the lists that have it)`."""
+    bounds: dict[int, tuple[set[int], set[int]]] = {}  # which lists begin and end at a key
+    for i, ranges in lists.items():
+        for start, stop in ranges:
+            bounds.setdefault(start, (set(), set()))[0].add(i)
+            bounds.setdefault(stop, (set(), set()))[1].add(i)
+    pieces, inside = [], set()
+    cuts = sorted(bounds)
+    for start, stop in pairwise(cuts):
+        begin, end = bounds[start]
+        inside = (inside - end) | begin
+        if inside:
+            pieces.append((start, stop, tuple(sorted(inside))))
+    return pieces
 
 
 def _seen(mask: KronMask, row_class: RowClass) -> Tensor:
@@ -304,35 +343,6 @@ def _split(ranges: Iterable[Range], columns: int) -> tuple[list[Range], list[Ran
     return blocks, rest
 
 
-def _union(lists: Iterable[KeyList]) -> list[Range]:
-    merged: list[Range] = []
-    for start, stop in sorted(key_range for keys in lists for key_range in keys.ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _intersection(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
-    spans = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
-    return sorted(span for span in spans if span[0] < span[1])
-
-
-def _without(ranges: Sequence[Range], holes: Sequence[Range]) -> list[Range]:
-    """What of the ranges is in none of the holes; both ascending, each hole within one range."""
-    rest = []
-    for start, stop in ranges:
-        for first, last in holes:
-            if start <= first < stop:
-                if start < first:
-                    rest.append((start, first))
-                start = last
-        if start < stop:
-            rest.append((start, stop))
-    return rest
-
-
 def _holed(ranges: Sequence[Range]) -> tuple[Run, ...]:
     """Ranges of whole blocks, two at a time, as runs with a hole."""
     runs = []
@@ -350,9 +360,11 @@ def _total(ranges: Iterable[Range]) -> int:
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
-def _visits(runs: Iterable[Run], edges: Iterable[Range], tested: Iterable[Range], columns: int) -> tuple[int, int, int]:
-    """Numbers of whole blocks, of gathered ones, and of those that are tested."""
-    return sum([run.length for run in runs]) // columns, -(-_total(edges) // columns), -(-_total(tested) // columns)
+def _visits(keys: Keys, columns: int) -> list[int]:
+    """Numbers of blocks that each of LOOPS computes."""
+    runs, edges, partial, tested = keys
+    whole, some = sum([run.length for run in runs]), sum([length for _, length, _ in partial])
+    return [-(-number // columns) for number in (whole, _total(edges), some, _total(tested))]
 
 
 def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) -> float:
@@ -362,8 +374,8 @@ def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) 
     for classes, count in Counter([classes for _, classes in _layout(mask, blocks.rows, kind)]).items():
         key = (classes, blocks.columns)
         if key not in known:
-            whole, edges, tested = _visits(*_keys(mask, classes, blocks.columns), blocks.columns)
-            known[key] = (whole + EDGE_WEIGHT * edges + TESTED_WEIGHT * tested) * blocks.columns
+            visits = _visits(_keys(mask, classes, blocks.columns), blocks.columns)
+            known[key] = blocks.columns * sum([w * n for w, n in zip(WEIGHTS, visits, strict=True)])
         total += count * (known[key] + overhead)
     return total * (blocks.rows + ROW_OVERHEAD)
 
@@ -388,6 +400,8 @@ def make_tiling(mask: KronMask, blocks: Blocks, kind: str) -> Tiling:
 
 # ---- tables for a kernel --------------------------------------------------------------------------------------------
 
+ABSENT = -(1 << 30)  # farther behind than any row is
+
 
 @dataclass(frozen=True)
 class TileTables:
@@ -395,15 +409,18 @@ class TileTables:
 
     Attributes:
         rows: `(tiles * BM)`, the row of the sequence, or -1.
+        lists: `(tiles * BM)`, the row's key list.
         classes: `(tiles * BM)`, the row's class in its tile.
-        tiles: `(tiles * 8)`: where the tile's runs begin and end; the block where its edges begin, and how many keys they are;
-            where its tested blocks begin and end; where their bits begin, and how many classes the tile has.
-        runs: `(runs * 4)`: start, length, hole_at, hole.
+        tiles: `(tiles * 9)`: where the tile's runs of whole blocks begin and end, which is where its partial ones begin; at which
+            block its edges begin, and how many keys they are; where its partial runs end; where its tested blocks begin and end;
+            where their bits begin, and how many classes the tile has.
+        runs: `(runs * 4)`: start, length, hole_at, hole; of a partial one start, length and where its bits begin: a word for each
+            class of the tile, which is 1 if its rows see the run, and 0 if not.
         keys: `(gathered blocks * BN)`, the key row; what fills up a block repeats the last one.
         bits: for each tested block, each 32 of its columns and each class of its tile one word: bit `c` says whether rows of
             that class see column `c`.
-        diagonals: `(lists * num_diagonals)`: first key row of each diagonal's frame, or -1.
-        tested: whether any tile has tested blocks.
+        diagonals: `(lists * num_diagonals)`: how far behind a row its own position in each diagonal's frame lies, or ABSENT.
+        tested: whether any tile has partial or tested blocks.
     """
 
     blocks: Blocks
@@ -411,6 +428,7 @@ class TileTables:
     num_diagonals: int
     tested: bool
     rows: Tensor
+    lists: Tensor
     classes: Tensor
     tiles: Tensor
     runs: Tensor
@@ -426,7 +444,8 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
     rows, row_classes, tiles, runs, gathered, bits = (array("i") for _ in range(6))
     counting = _counting(max(mask.shape))
     gathered_at: dict[tuple[Range, ...], tuple[int, int]] = {}
-    bits_at: dict[object, int] = {}  # of classes and ranges, and of equal words
+    bits_at: dict[bytes, int] = {}
+    words_at: dict[tuple, int] = {}
 
     def gather(ranges: tuple[Range, ...]) -> tuple[int, int]:
         """The blocks of gathered keys, `[first, last)`, which tiles with equal keys share."""
@@ -438,15 +457,12 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
             gathered_at[ranges] = (first, len(gathered) // blocks.columns)
         return gathered_at[ranges]
 
-    def words(classes: tuple[RowClass, ...], ranges: tuple[Range, ...]) -> int:
-        """Where the bits of a tile begin."""
-        if (classes, ranges) not in bits_at:
-            content = _bits(mask, classes, ranges, blocks.columns)
-            first = bits_at.setdefault(content, len(bits))
-            if first == len(bits):
-                bits.frombytes(content)
-            bits_at[classes, ranges] = first
-        return bits_at[classes, ranges]
+    def place(content: bytes) -> int:
+        """Where words stand among the bits; equal ones stand there once."""
+        first = bits_at.setdefault(content, len(bits))
+        if first == len(bits):
+            bits.frombytes(content)
+        return first
 
     for tile in tiling.tiles:
         for first, count in tile.rows:
@@ -460,28 +476,38 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
         run = len(runs) // 4
         for r in tile.runs:
             runs.extend((r.start, r.length, r.hole_at, r.hole))
+        for start, length, seen_by in tile.partial:
+            words = array("i", [i in seen_by for i, _ in classes])
+            runs.extend((start, length, place(words.tobytes()), 0))
         first_edge, _ = gather(tile.edges)
         first, last = gather(tile.tested)
-        word = words(classes, tile.tested) if tile.tested else 0
-        tiles.extend((run, run + len(tile.runs), first_edge, _total(tile.edges), first, last, word, len(classes)))
+        if tile.tested and (classes, tile.tested) not in words_at:
+            words_at[classes, tile.tested] = place(_bits(mask, classes, tile.tested, blocks.columns))
+        word = words_at.get((classes, tile.tested), 0)
+        partial, end = run + len(tile.runs), len(runs) // 4
+        tiles.extend((run, partial, first_edge, _total(tile.edges), end, first, last, word, len(classes)))
     lists = key_lists(mask)
     number = max(len(keys.diagonals) for keys in lists)
     diagonals = array("i")
-    for keys in lists:
-        diagonals.extend(keys.diagonals)
-        diagonals.extend([-1] * (number - len(keys.diagonals)))
+    for i, keys in enumerate(lists):
+        first = mask.prefix + i * mask.query_tokens
+        diagonals.extend([start - first for start in keys.diagonals] + [ABSENT] * (number - len(keys.diagonals)))
 
     def table(values: array) -> Tensor:
         if not values:  # a pointer to nothing is no argument
             return torch.zeros(1, dtype=torch.int32, device=device)
         return torch.frombuffer(values, dtype=torch.int32).clone().to(device)
 
+    of_rows = table(rows)
+    in_frames = of_rows.clamp(min=0) - mask.prefix
+    row_lists = in_frames.div(mask.query_tokens, rounding_mode="floor").where(in_frames >= 0, len(mask.codes))
     return TileTables(
         blocks=blocks,
         num_tiles=len(tiling.tiles),
         num_diagonals=number,
-        tested=any(tile.tested for tile in tiling.tiles),
-        rows=table(rows),
+        tested=any(tile.partial or tile.tested for tile in tiling.tiles),
+        rows=of_rows,
+        lists=row_lists.int(),
         classes=table(row_classes),
         tiles=table(tiles),
         runs=table(runs),
