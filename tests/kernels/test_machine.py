@@ -76,7 +76,7 @@ def test_the_shape_of_tcgen05_stands_in_its_descriptor(descriptor, first, shape,
         ("LDS.128 R4, [R2]", "shared", 16),
         ("LDSM.16.M88.4 R4, [R2]", "shared", 16),
         ("LDSM.16.MT88 R4, [R2]", "shared", 4),
-        ("SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "shared", 4),
+        ("SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "shuffle", 4),
         ("LDGSTS.E.BYPASS.128 [R1], desc[UR18][R2.64]", "shared", 16),
         ("LDGSTS.E.BYPASS.128 [R1], desc[UR18][R2.64]", "l2", 4 * 32 * 16 / (5120 / 132)),
         ("LDG.E R1, desc[UR18][R2.64]", "l2", 0),  # tables of indices stay in L1
