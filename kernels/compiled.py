@@ -197,16 +197,14 @@ def read_code(compiled: Any, arch: str, num_warps: int, box_bytes: int) -> Code:
     if gpu is None:
         return Code(registers, spilled, 0, hot, [], [], None)
     others, outside = other_loops(lines)
+    works = [work(loop, gpu, num_warps, box_bytes) for loop in loops]
+    tile = work(outside, gpu, num_warps, box_bytes)
+    if works and works[0].cycles["exp2"]:  # turns that were peeled off the loops (sm_100): the loops turn as much less
+        tile = tile.without(works[0], int(tile.cycles["exp2"] / works[0].cycles["exp2"]))
     tensor_columns = getattr(compiled.metadata, "tmem_size", 0)
-    return Code(
-        registers,
-        spilled,
-        blocks_per_sm(gpu, registers, num_warps, compiled.metadata.shared, tensor_columns),
-        hot,
-        [work(loop, gpu, num_warps, box_bytes) for loop in loops],
-        [work(loop, gpu, num_warps, box_bytes) for loop in others],
-        work(outside, gpu, num_warps, box_bytes),
-    )
+    blocks = blocks_per_sm(gpu, registers, num_warps, compiled.metadata.shared, tensor_columns)
+    plain = [work(loop, gpu, num_warps, box_bytes) for loop in others]
+    return Code(registers, spilled, blocks, hot, works, plain, tile)
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int, list[str]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from kronmask.kernels.compiled import PRODUCTS, CompiledKernel
 from kronmask.kernels.machine import GPUS, Work
-from kronmask.kernels.tiles import Blocks, Tiling, choose_tiling, make_tiling, transposed
+from kronmask.kernels.tiles import Blocks, choose_tiling, make_tiling, transposed
 from kronmask.mask import KronMask
 
-__all__ = ["MaskCost", "loop_visits", "mask_cost"]
+__all__ = ["MaskCost", "mask_cost"]
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,16 @@ class MaskCost:
     estimated: float
 
 
-def loop_visits(tiling: Tiling) -> dict[str, int]:
-    """How often a tiling turns each loop of a kernel."""
-    visits: Counter[str] = Counter()
-    for tile in tiling.tiles:
-        visits.update(tile.visits_by_loop(tiling.blocks.columns))
-    return dict(visits)
-
-
 def mask_cost(kernel: CompiledKernel, mask: KronMask) -> MaskCost:
     """The cost of one head under a mask (of a clip, not transposed) in a kernel that was compiled for such masks."""
     walked = transposed(mask) if kernel.step == "backward_key" else mask
     blocks = Blocks(kernel.rows, kernel.columns)
     kind, _ = choose_tiling(walked, (blocks,))
     tiling = make_tiling(walked, blocks, kind)
-    turns: list[tuple[int, Work]] = [
-        (visits, kernel.loops[name]) for name, visits in loop_visits(tiling).items() if visits
-    ]
+    visited: Counter[str] = Counter()
+    for tile in tiling.tiles:
+        visited.update(tile.visits_by_loop(blocks.columns))
+    turns: list[tuple[int, Work]] = [(visits, kernel.loops[loop]) for loop, visits in visited.items() if visits]
     once = [work for work in (kernel.diagonal, kernel.tile) if work is not None]
     pairs = mask.num_pairs * 2 * PRODUCTS[kernel.step] * kernel.head_dim / GPUS[kernel.arch].flop
     return MaskCost(

@@ -9,7 +9,8 @@ Latency, bank conflicts, cache misses and clocks are left out. Sources of the co
   64 (8.0) or 128 (9.0, 10.0); integer, logic, compare, minimum, integer multiply-add 64; exp2 16; warp shuffle 32. Which
   instruction goes where: Nsight Compute, "Pipelines" (the ALU also packs float32 to 16 bits).
 - shared memory: 128 bytes a cycle an SM, which matrix instructions that read operands there share (Programming Guide; for wgmma
-  of fewer than 64 columns Luo et al. 2024, arXiv 2402.13499; for tcgen05 Zadouri et al. 2026, FlashAttention-4).
+  of fewer than 64 columns Luo et al. 2024, arXiv 2402.13499; for tcgen05 Zadouri et al. 2026, FlashAttention-4). Whether shuffles
+  keep operands waiting is not published; here they do not.
 - L2: 5120 bytes a cycle for all SMs (A100 white paper), taken to hold for H100 too and twice that for the two dies of B200, but
   at most 64 an SM.
 - registers, shared memory, threads and blocks of an SM: Programming Guide, table of compute capabilities.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = [
     "GPUS",
@@ -34,7 +35,7 @@ __all__ = [
     "work",
 ]
 
-PIPES = ("tensor", "exp2", "fp32", "integer", "shared", "l2", "issue")
+PIPES = ("tensor", "exp2", "fp32", "integer", "shared", "shuffle", "l2", "issue")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Work:
     def in_turn(self) -> float:
         """Cycles if matrix products and all else take turns, as they do in one block of threads that waits for each product."""
         return max(self.overlapped, self.cycles["tensor"] + self.rest)
+
+    def without(self, other: Work, times: int) -> Work:
+        """This work less that of code which it repeats so many times."""
+        cycles = {pipe: max(0.0, own - times * other.cycles[pipe]) for pipe, own in self.cycles.items()}
+        return replace(self, cycles=cycles, ideal=max(0.0, self.ideal - times * other.ideal))
 
     def estimated(self, streams: int) -> float:
         """Cycles if so many blocks (or warp groups that run apart) take turns: the shorter part hides behind the longer.
@@ -178,8 +184,9 @@ def is_instruction(line: str, pattern: str) -> bool:
 EXECUTED_BY = {
     "exp2": r"(MUFU|I2F|F2I|I2I|F2F|POPC|FLO|BREV)\b",
     "fp32": r"(FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD)",
-    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
-    "shared": r"(LDS|STS|LDSM|STSM|SHFL)\b",
+    "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF\b|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
+    "shared": r"(LDS|STS|LDSM|STSM)\b",
+    "shuffle": r"SHFL\b",
     "l2": r"(LDGSTS|UTMALDG|LDG|STG|LD|ST|RED|ATOM)\b",
 }
 
@@ -247,23 +254,18 @@ def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0) -> Work:
         if pipe is None:
             continue
         counts[pipe] += 1
-        if pipe == "l2":
+        if pipe in ("shared", "l2"):
             moved = box_bytes if name.startswith("UTMALDG") else warps * 32 * _bytes(name)
-            if _bytes(name) == 16 or name.startswith("UTMALDG"):  # narrower: small tables, which lie in L1
-                cycles["l2"] += moved / gpu.l2
-            if name.startswith(("UTMALDG", "LDGSTS")):
+            is_copy = name.startswith(("UTMALDG", "LDGSTS"))
+            if pipe == "shared" or is_copy:
                 cycles["shared"] += moved / gpu.shared
-        elif pipe == "shared":
-            cycles["shared"] += warps * (
-                32 / gpu.shuffle if name.startswith("SHFL") else 32 * _bytes(name) / gpu.shared
-            )
+            if pipe == "l2" and (
+                _bytes(name) == 16 or name.startswith("UTM")
+            ):  # narrower: small tables, which lie in L1
+                cycles["l2"] += moved / gpu.l2
         else:
             values = 2 if re.match(r"(FADD|FMUL|FFMA)2", name) else 1  # two in one instruction of a lane
-            rate = (
-                gpu.integer
-                if name.startswith("IMAD")
-                else {"exp2": gpu.exp2, "fp32": gpu.fp32, "integer": gpu.integer}[pipe]
-            )
+            rate = gpu.integer if name.startswith("IMAD") else getattr(gpu, pipe)
             cycles[pipe] += warps * 32 * values / rate
     instructions = counts.pop("issue", 0)
     return Work(cycles, ideal, instructions, dict(counts), dict(shapes))

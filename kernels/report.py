@@ -4,10 +4,10 @@
     python -m kronmask.kernels.report --loops --arch sm_90 --head-dim 64 --step forward [--option 128x64w4s2]
 
 For each architecture, pass and default configuration, and for the variants that joint attention and KMT need (KMCT runs KMT's):
-registers, spilled bytes, shared memory against the limit, the kind of matrix instruction, and in the hot loop (one turn is one
-block of keys) the instructions and asynchronous copies. Then, for clips of several sizes, the blocks that the chosen tiling
-visits relative to a dense grid and to the mask's exact area. `--loops` tells of every loop the cycles of each pipe of an SM, by
-the model of `machine`.
+registers, spilled bytes, shared memory against the limit, the kind of matrix instruction, how many blocks an SM holds, and what
+share of the GPU's peak a whole block of keys reaches by the model of `machine`: with all pipes overlapped, with matrix products
+and all else in turn, and an estimate between the two. Then, for clips of several sizes, what the chosen tilings visit and cost.
+`--loops` tells of every loop the cycles of each pipe.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -29,28 +29,16 @@ import triton
 from kronmask import masks
 from kronmask.kernels.compiled import ARCHITECTURES, TYPES, CompiledKernel, compile_kernel
 from kronmask.kernels.config import PASSES, Option, options
+from kronmask.kernels.cost import mask_cost
 from kronmask.kernels.machine import GPUS, PIPES
 from kronmask.kernels.tiles import Blocks, choose_tiling, dense_visits, make_tiling, transposed
 
-__all__ = ["VisitedTiles", "kernel_reports", "loop_table", "main", "tile_reports"]
+__all__ = ["kernel_reports", "kernel_row", "loop_table", "main", "mask_rows"]
+
+SIZES = ((8, 50), (8, 197), (8, 257), (8, 577), (32, 197))  # frames and tokens of the clips that are costed
 
 
-@dataclass(frozen=True)
-class VisitedTiles:
-    """What a pass visits for a clip: relative to a dense grid of the same blocks, and to the mask's own area."""
-
-    step: str
-    mask: str
-    frames: int
-    tokens: int
-    kind: str
-    rows: int
-    columns: int
-    of_dense: float
-    of_area: float
-
-
-# ---- reports --------------------------------------------------------------------------------------------------------
+# ---- kernels --------------------------------------------------------------------------------------------------------
 
 
 def kernel_reports(
@@ -63,6 +51,49 @@ def kernel_reports(
                 for option in options(step, arch, head_dim, dtype):
                     for mask in ("joint", "kmt"):
                         yield compile_kernel(step, option, mask, head_dim, dtype, arch)
+
+
+def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
+    """What of a kernel is stored; shares of the peak are of whole blocks."""
+    row: dict[str, Any] = {
+        "arch": kernel.arch,
+        "step": kernel.step,
+        "head_dim": kernel.head_dim,
+        "dtype": kernel.dtype,
+        "mask": kernel.mask,
+        "option": f"{kernel.rows}x{kernel.columns}w{kernel.num_warps}s{kernel.num_stages}",
+        "registers": kernel.registers,
+        "spilled_bytes": kernel.spilled_bytes,
+        "shared_bytes": kernel.shared_bytes,
+        "shared_limit": kernel.shared_limit,
+        "matrix": kernel.matrix,
+        "instructions": kernel.instructions,
+        "matrix_instructions": kernel.matrix_instructions,
+        "async_copies": kernel.async_copies,
+    }
+    if kernel.tile is None:  # no model of this GPU
+        return row
+    whole = kernel.loops["whole"]
+    shares = {
+        name: round(kernel.share(cycles), 3)
+        for name, cycles in (
+            ("overlapped", whole.overlapped),
+            ("in_turn", whole.in_turn),
+            ("estimated", whole.estimated(kernel.blocks)),
+        )
+    }
+    row |= {
+        "blocks": kernel.blocks,
+        "share": shares,
+        "shapes": whole.shapes,
+        "width": round(whole.ideal / whole.cycles["tensor"], 3),
+        "loops": {
+            name: {pipe: round(cycles) for pipe, cycles in work.cycles.items()} for name, work in kernel.loops.items()
+        },
+        "diagonal": round(kernel.diagonal.overlapped) if kernel.diagonal else 0,
+        "tile": round(kernel.tile.overlapped),
+    }
+    return row
 
 
 def loop_table(kernel: CompiledKernel) -> str:
@@ -94,28 +125,47 @@ def loop_table(kernel: CompiledKernel) -> str:
     return "\n".join(lines)
 
 
-def tile_reports(arch: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[VisitedTiles]:
-    """What the chosen tilings visit, forward and backward."""
-    for step in PASSES:
-        candidates = tuple(Blocks(o.rows, o.columns) for o in options(step, arch, head_dim, dtype))
-        for name in ("kmt", "kmct"):
-            for frames in (8, 16, 32):
-                for tokens in (50, 197, 257, 577):
-                    mask = masks.NAMES[name](frames, tokens)
-                    mask = transposed(mask) if step == "backward_key" else mask
-                    kind, blocks = choose_tiling(mask, candidates)
-                    visits = make_tiling(mask, blocks, kind).visits
-                    yield VisitedTiles(
-                        step=step,
-                        mask=name,
-                        frames=frames,
-                        tokens=tokens,
-                        kind=kind,
-                        rows=blocks.rows,
-                        columns=blocks.columns,
-                        of_dense=visits / dense_visits(mask, blocks),
-                        of_area=visits * blocks.rows * blocks.columns / mask.num_pairs,
-                    )
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def mask_rows(kernels: list[CompiledKernel]) -> Iterator[dict[str, Any]]:
+    """What KMT and KMCT visit and cost in the kernels of one architecture, head dimension and pass, relative to joint attention.
+
+    `kernels` are pairs: compiled for joint attention, and for such masks. The tiling chooses among them as it does on the GPU.
+    Costs are those of the loops over blocks, with all pipes overlapped in each; of all that a tile does; and of the latter with
+    the overlap that the blocks on an SM allow. `share` is the share of the GPU's peak for the mask's own pairs by the last.
+    """
+    pairs = {Blocks(k.rows, k.columns): (joint, k) for joint, k in zip(kernels[::2], kernels[1::2], strict=True)}
+    for name in ("kmt", "kmct"):
+        for frames, tokens in SIZES:
+            mask, whole = masks.NAMES[name](frames, tokens), masks.joint(frames, tokens)
+            walked = transposed(mask) if kernels[0].step == "backward_key" else mask
+            kind, blocks = choose_tiling(walked, tuple(pairs))
+            visits = make_tiling(walked, blocks, kind).visits
+            joint, kernel = pairs[blocks]
+            row: dict[str, Any] = {
+                "arch": kernel.arch,
+                "step": kernel.step,
+                "head_dim": kernel.head_dim,
+                "mask": name,
+                "frames": frames,
+                "tokens": tokens,
+                "kind": kind,
+                "rows": blocks.rows,
+                "columns": blocks.columns,
+                "of_dense": visits / dense_visits(walked, blocks),
+                "of_area": visits * blocks.rows * blocks.columns / mask.num_pairs,
+            }
+            if kernel.tile is not None:
+                cost, all_pairs = mask_cost(kernel, mask), mask_cost(joint, whole)
+                row["loops"] = cost.loops / all_pairs.loops
+                row["with_tiles"] = (cost.loops + cost.tiles) / (all_pairs.loops + all_pairs.tiles)
+                row["estimated"] = cost.estimated / all_pairs.estimated
+                row["share"] = cost.ideal / cost.estimated
+            yield {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
 
 
 def _option(text: str) -> Option:
@@ -154,39 +204,42 @@ def main(arguments: list[str] | None = None) -> None:
         return
     print(f"triton {triton.__version__}, {options_.dtype}")
     print(
-        f"{'arch':8}{'pass':16}{'D':>4} {'mask':6}{'tile':>9}{'warps':>6}{'stages':>7}{'registers':>10}{'spilled':>8}"
-        f"{'shared memory':>18} {'matrix':8}{'hot loop':>9}{'copies':>7}"
+        f"{'arch':8}{'pass':16}{'D':>4} {'mask':6}{'option':>13}{'registers':>10}{'spilled':>8}{'shared memory':>18} "
+        f"{'matrix':8}{'hot loop':>9}{'copies':>7}{'blocks':>7}{'overlapped':>11}{'in turn':>8}{'estimated':>10}"
     )
-    compiled = []
-    for r in kernel_reports(options_.arch, options_.head_dim, dtype):
-        compiled.append(r)
-        print(
-            f"{r.arch:8}{r.step:16}{r.head_dim:4} {r.mask:6}{f'{r.rows}x{r.columns}':>9}{r.num_warps:6}{r.num_stages:7}"
-            f"{r.registers:10}{r.spilled_bytes:8}{f'{r.shared_bytes} of {r.shared_limit}':>18} {r.matrix:8}"
-            f"{r.instructions:9}{r.async_copies:7}",
-            flush=True,
-        )
-    print("\nblocks visited relative to a dense grid, and relative to the mask's area")
-    visited = {}
+    stored, costs = [], []
     for arch in options_.arch:
         for head_dim in options_.head_dim:
-            rows = list(tile_reports(arch, head_dim, dtype))
-            visited[f"{arch} {head_dim}"] = [asdict(row) for row in rows]
-            for v in rows:
+            compiled = list(kernel_reports([arch], [head_dim], dtype))
+            for r in map(kernel_row, compiled):
+                stored.append(r)
                 print(
-                    f"{arch:8}{v.step:16}{head_dim:4} {v.mask:6}T={v.frames:<3} N={v.tokens:<4} {v.kind:7}"
-                    f"{f'{v.rows}x{v.columns}':>8}{v.of_dense:7.3f}{v.of_area:7.3f}"
+                    f"{r['arch']:8}{r['step']:16}{r['head_dim']:4} {r['mask']:6}{r['option']:>13}{r['registers']:10}"
+                    f"{r['spilled_bytes']:8}{r['shared_bytes']:9} of {r['shared_limit']:6} {r['matrix']:8}"
+                    f"{r['instructions']:9}{r['async_copies']:7}{r.get('blocks', ''):7}"
+                    + "".join(f"{share:10.2f}" for share in r.get("share", {}).values()),
+                    flush=True,
                 )
+            for step in PASSES:
+                costs += mask_rows([kernel for kernel in compiled if kernel.step == step])
+    print("\nblocks visited relative to a dense grid; cost relative to joint attention; share of the peak")
+    for c in costs:
+        print(
+            f"{c['arch']:8}{c['step']:16}{c['head_dim']:4} {c['mask']:6}T={c['frames']:<3} N={c['tokens']:<4} {c['kind']:7}"
+            f"{c['rows']:4}x{c['columns']:<3}{c['of_dense']:7.3f}"
+            + "".join(f"{c[key]:7.3f}" for key in ("loops", "with_tiles", "estimated", "share") if key in c)
+        )
     if options_.json:
         content = {
             "command": " ".join(["python -m kronmask.kernels.report", *(arguments or sys.argv[1:])]),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.system()} {platform.machine()}; compiled here for GPUs that need not be, and not run",
             "versions": {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "kernels": [asdict(r) for r in compiled],
-            "tiles": visited,
         }
-        options_.json.write_text(json.dumps(content, indent=1) + "\n")
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+        for key, rows in (("kernels", stored), ("masks", costs)):
+            lines.append(f' "{key}": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]")
+        options_.json.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
