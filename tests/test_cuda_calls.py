@@ -15,17 +15,20 @@ from kronmask.plan import make_plan
 @pytest.fixture(autouse=True)
 def _no_kept_masks():
     """A fake mask must not be kept for real calls, nor a real one for fake calls."""
-    sdpa._bias.cache_clear()
+    for kept in (sdpa._bias, sdpa._tiles):
+        kept.cache_clear()
     yield
-    sdpa._bias.cache_clear()
+    for kept in (sdpa._bias, sdpa._tiles):
+        kept.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["kmt", "kmct", "axial", "temporal", "neighborhood"])
 @pytest.mark.parametrize("head_dim", [64, 84])
 def test_shapes_on_a_fake_gpu(dtype, name, head_dim):
-    mask = masks.NAMES[name](4, 17, prefix=1)
-    make_plan(mask, masked_blocks=False)  # of a real mask, and remembered
+    mask = masks.NAMES[name](4, 37, prefix=1)
+    plan = make_plan(mask, masked_blocks=False)  # of a real mask, and remembered
+    assert bool(plan.gathered) == (name == "neighborhood")
     with FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(2, 4, mask.shape[0], head_dim, device="cuda", dtype=dtype)
         key = torch.empty(2, 2, mask.shape[1], head_dim, device="cuda", dtype=dtype)
