@@ -70,7 +70,9 @@ def kron_attention(
             own mask.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
-            "flex" (FlexAttention), "dense" (the plain reference), or "auto".
+            "flex" (FlexAttention), "flex-flash" (the same on FlashAttention-4), "dense" (the plain reference), or "auto": on the
+            CPU "sdpa"; on a GPU the fastest of the first four for this mask, shape and pass, measured at the first call and kept
+            on disk (see `kronmask.tuning`), or "sdpa" where measuring is off (KRONMASK_AUTOTUNE=0) or impossible.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -229,7 +231,7 @@ def _attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
-    return backends.get(backend, query, key, mask).forward(query, key, value, mask, scale)
+    return backends.get(backend, "forward", query, key, mask).forward(query, key, value, mask, scale)
 
 
 @_attention_op.register_fake
@@ -263,7 +265,7 @@ def _attention_backward_op(
         grad_output = torch.zeros_like(output)
     if grad_lse is not None:  # of a query that sees no key: 0, whatever a merge by logaddexp hands back for -inf
         grad_lse = grad_lse.masked_fill(lse.isneginf(), 0.0)
-    module = backends.get(backend, query, key, mask)
+    module = backends.get(backend, "backward", query, key, mask)
     return module.backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)
 
 

@@ -185,7 +185,7 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
     own = [reached_by(_joined(part)) for part in own]
     full = [reached_by(part) for part in full]
     masked = [(block, reached_by(part)) for block, part in masked]
-    gathered = []
+    gathered = list[Gathered]()
     for block, tiles, corners in _tiled(tiled, mask, cutter):
         spans = [slice(q + 1, q + 1 + block.query_frames) for q, _ in corners]
         first = reach(spans, every_row=sum(len(tile.rows) for tile in tiles) == mask.query_tokens)
@@ -316,8 +316,7 @@ def _cheapest_tiles(pattern: list[bytes], query_frames: int, key_frames: int) ->
     tiles, stop = list[Tile](), len(order)
     while stop:
         run = tuple(sorted(order[begin[stop] : stop]))
-        keys = tuple(key for key in range(len(pattern[0])) if any(pattern[row][key] for row in run))
-        tiles.append(Tile(run, keys))
+        tiles.append(Tile(run, tuple(key for key in range(len(pattern[0])) if any(pattern[row][key] for row in run))))
         stop = begin[stop]
     return best[-1], tiles[::-1]
 
@@ -414,7 +413,7 @@ def _gathered(
     alike: dict[KronMask, list[Tile]] = {}
     for tile in tiles:
         inner = block.factor(FIRST_PATTERN)[list(tile.rows)][:, list(tile.keys)]
-        alike.setdefault(KronMask(block.codes, [inner], tokens=tuple(inner.shape)), []).append(tile)
+        alike.setdefault(KronMask(block.codes, [inner], tokens=(len(tile.rows), len(tile.keys))), []).append(tile)
 
     def tokens(frame: int, frames: int, size: int, positions: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(prefix + t * size + position for t in range(frame, frame + frames) for position in positions)

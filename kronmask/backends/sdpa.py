@@ -292,9 +292,9 @@ def _tiles(mask: KronMask, dtype: torch.dtype, device: torch.device) -> list[_Ti
             used.update(keys)
             members.append(i)
         order = [i for _, members in groups for i in members]
-        queries, keys = (torch.tensor([tokens[i] for i in order]).to(device) for tokens in (part.queries, part.keys))
+        indices = [torch.tensor([tokens[i] for i in order]).to(device) for tokens in (part.queries, part.keys)]
         bias = None if part.mask.density == 1 else _masked_scores(part.mask, dtype, device)
-        found.append(_Tiles(queries, keys, bias, part.first, tuple(len(members) for _, members in groups)))
+        found.append(_Tiles(*indices, bias, part.first, tuple(len(members) for _, members in groups)))
     return found
 
 
