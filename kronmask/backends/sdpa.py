@@ -285,16 +285,17 @@ def _tiles(mask: KronMask, dtype: torch.dtype, device: torch.device) -> list[_Ti
     found = []
     for part in make_plan(mask, masked_blocks=device.type == "cpu").gathered:
         groups: list[tuple[set[int], list[int]]] = []
-        for i, keys in enumerate(part.keys):
-            used, members = next((group for group in groups if group[0].isdisjoint(keys)), (set[int](), list[int]()))
+        for i, tile in enumerate(part.keys):
+            used, members = next((group for group in groups if group[0].isdisjoint(tile)), (set[int](), list[int]()))
             if not members:
                 groups.append((used, members))
-            used.update(keys)
+            used.update(tile)
             members.append(i)
         order = [i for _, members in groups for i in members]
-        indices = [torch.tensor([tokens[i] for i in order]).to(device) for tokens in (part.queries, part.keys)]
+        queries = torch.tensor([part.queries[i] for i in order]).to(device)
+        keys = torch.tensor([part.keys[i] for i in order]).to(device)
         bias = None if part.mask.density == 1 else _masked_scores(part.mask, dtype, device)
-        found.append(_Tiles(*indices, bias, part.first, tuple(len(members) for _, members in groups)))
+        found.append(_Tiles(queries, keys, bias, part.first, tuple(len(members) for _, members in groups)))
     return found
 
 
