@@ -139,7 +139,7 @@ def measure(calls: Mapping[str, Callable[[], object]], device: torch.device) -> 
                 call()
                 stop.record()
                 events[name].append((start, stop))
-            torch.cuda.synchronize(device)
+            stop.synchronize()
     return {
         name: statistics.median(start.elapsed_time(stop) for start, stop in pairs) for name, pairs in events.items()
     }

@@ -40,3 +40,26 @@ def test_shapes_on_a_fake_gpu(dtype, name, head_dim):
             grads = sdpa.backward(output, grad_lse, query, key, key, output, lse, mask, 0.125)
             assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
             assert {(grad.dtype, grad.device.type) for grad in grads} == {(dtype, "cuda")}
+
+
+@pytest.mark.parametrize("name", ["temporal", "neighborhood"])
+def test_the_kernel_with_a_mask_gets_each_log_sum_exp_behind_the_one_before(monkeypatch, name):
+    """It never reads that stride. 32 rows are not padded, and padding by nothing would keep what strides there are."""
+    kernel, strides = torch.ops.aten._scaled_dot_product_efficient_attention_backward, []
+
+    class Aten:
+        def __getattr__(self, operator):
+            return getattr(torch.ops.aten, operator)
+
+        def _scaled_dot_product_efficient_attention_backward(self, *args, **kwargs):
+            strides.append(args[6].stride()[-1])
+            return kernel(*args, **kwargs)
+
+    mask = {"temporal": masks.temporal(32, 3), "neighborhood": masks.neighborhood(8, 196)}[name]
+    make_plan(mask, masked_blocks=False)
+    monkeypatch.setattr(sdpa, "aten", Aten())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(1, 2, mask.shape[0], 16, device="cuda")
+        output, lse = sdpa.forward(query, query, query, mask, 0.25)
+        sdpa.backward(output, None, query, query, query, output, lse, mask, 0.25)
+    assert set(strides) == {1}

@@ -30,10 +30,11 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
 
 
 def _is_installed() -> bool:
-    from torch.nn.attention.flex_attention import FlexKernelOptions
-
     try:
-        has_kernels = importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        has_kernels = False
-    return has_kernels and "BACKEND" in FlexKernelOptions.__annotations__
+        from torch.nn.attention.flex_attention import FlexKernelOptions
+
+        return (
+            importlib.util.find_spec("flash_attn.cute") is not None and "BACKEND" in FlexKernelOptions.__annotations__
+        )
+    except ImportError:  # an older torch, or no package of that name at all
+        return False

@@ -401,7 +401,8 @@ def _flash_backward(
             scale=scale,
         )  # fmt: skip
     else:
-        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))
+        # the kernel takes rows one behind the other for granted, and padding by nothing keeps the strides
+        lse = torch.nn.functional.pad(lse.contiguous(), (0, -rows % 32), value=float("inf"))
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad_output, query, key, value, _expanded(bias, query, key), output, lse, seed, seed, 0.0,
             [True, True, True, False], scale=scale,
