@@ -252,3 +252,13 @@ def test_a_kernel_with_one_option_is_not_timed(times, monkeypatch):
     monkeypatch.setattr(config, "options", lambda *args: (config.Option(16, 64, 4, 1),))
     assert choose("forward", masks.kmct(3, 5), torch.empty(1, 1, 15, 16), lambda config: None).blocks.rows == 16
     assert not times.log
+
+
+def test_during_a_capture_the_options_of_a_kernel_are_not_timed_and_the_next_call_may(times, monkeypatch):
+    ran = []
+    monkeypatch.setattr(tuning, "is_busy", lambda tensor: True)
+    assert choose("forward", MASK, torch.empty(SHAPE), ran.append).blocks.rows in (32, 64)
+    assert not ran
+    monkeypatch.setattr(tuning, "is_busy", lambda tensor: False)
+    choose("forward", MASK, torch.empty(SHAPE), ran.append)
+    assert ran

@@ -13,9 +13,10 @@ from types import ModuleType
 from torch import Tensor
 
 from kronmask.backends import auto, dense, flex, flex_flash, sdpa, triton
+from kronmask.backends.auto import Step
 from kronmask.mask import KronMask
 
-__all__ = ["BACKENDS", "check_name", "get"]
+__all__ = ["BACKENDS", "Step", "check_name", "get"]
 
 BACKENDS: dict[str, ModuleType] = {
     "triton": triton, "sdpa": sdpa, "flex": flex, "flex-flash": flex_flash, "dense": dense,
@@ -28,7 +29,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)} and auto")
 
 
-def get(backend: str, step: auto.Step, query: Tensor, key: Tensor, mask: KronMask) -> ModuleType:
+def get(backend: str, step: Step, query: Tensor, key: Tensor, mask: KronMask) -> ModuleType:
     """The module that runs a pass on these inputs; see `auto`.
 
     Raises:
