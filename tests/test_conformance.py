@@ -8,8 +8,9 @@ from reference import all_pairs, assert_within, expect
 from strategies import kron_masks
 from torch import Tensor
 
-from kronmask import KronMask, kron_attention, masks
+from kronmask import KronMask, kron, kron_attention, masks, ones
 from kronmask.backends import BACKENDS
+from kronmask.plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINS = {"sdpa": True, "dense": True, "flex": False}  # FlexAttention has no backward on the CPU
@@ -177,3 +178,14 @@ def test_the_bounds_notice_one_wrong_key():
     scores = (query @ query.mT * 64**-0.5).masked_fill(~wrong, float("-inf"))
     with pytest.raises(AssertionError, match="off by"):
         assert_within({"output": scores.softmax(-1) @ query}, expected, "off by one")
+
+
+@pytest.mark.parametrize("grad_lse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_no_tile_of_a_pattern_holds_see_nothing(dtype, grad_lse):
+    pattern = masks.neighborhood(1, 196).dense()
+    pattern[20:40] = False
+    mask = kron(ones(4), pattern)
+    assert make_plan(mask).gathered
+    row = {"head_dim": 16, "dtype": dtype, "layout": "packed", "heads": (4, 2), "batch": 2, "grad_lse": grad_lse}
+    check(mask, row, {"sdpa": True})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import kron_masks
 
@@ -44,6 +44,14 @@ def test_each_allowed_pair_is_visited_once_and_no_other(mask):
     assert torch.equal(coverage(mask, make_plan(mask)), mask.dense().int())
 
 
+def neighborhood_with_blind_rows() -> KronMask:
+    pattern = masks.neighborhood(1, 196).dense()
+    pattern[20:40] = False
+    return kron(ones(8), pattern)
+
+
+@example(masks.kmct(8, 196) | masks.neighborhood(8, 196))  # tiles beside rectangles
+@example(neighborhood_with_blind_rows())  # tiles that leave rows out
 @given(kron_masks(frames=(1, 7)))
 def test_only_the_first_part_to_reach_a_row_may_overwrite_it(mask):
     plan = make_plan(mask)
