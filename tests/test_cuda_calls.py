@@ -63,3 +63,13 @@ def test_the_kernel_with_a_mask_gets_each_log_sum_exp_behind_the_one_before(monk
         output, lse = sdpa.forward(query, query, query, mask, 0.25)
         sdpa.backward(output, None, query, query, query, output, lse, mask, 0.25)
     assert set(strides) == {1}
+
+
+@pytest.mark.parametrize("tokens", [196, 197])
+def test_tiles_whose_gradients_are_added_in_one_call_share_no_key(tokens):
+    """A GPU adds in any order: the backward would not be equal from run to run."""
+    for tiles in sdpa._tiles(masks.neighborhood(8, tokens), torch.float32, torch.device("cpu")):
+        assert len(set(tiles.queries.flatten().tolist())) == tiles.queries.numel()
+        assert sum(tiles.apart) == len(tiles.keys)
+        for part in tiles.keys.split(list(tiles.apart)):
+            assert len(set(part.flatten().tolist())) == part.numel()
