@@ -73,7 +73,9 @@ def kron_attention(
             own mask.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
-            "flex" (FlexAttention), "dense" (the plain reference), or "auto".
+            "flex" (FlexAttention), "flex-flash" (the same on FlashAttention-4), "dense" (the plain reference), or "auto": on the
+            CPU "sdpa"; on a GPU the fastest of the first four for this mask, shape and pass, measured at the first call and kept
+            on disk (see `kronmask.tuning`), or "sdpa" where measuring is off (KRONMASK_AUTOTUNE=0) or impossible.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -243,7 +245,7 @@ def _attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     masks = _masks(rule, query_frames, key_frames, query_tokens, key_tokens, prefix)
-    modules = _modules(backend, query, key, masks)
+    modules = _modules(backend, "forward", query, key, masks)
     if len(masks) == 1:
         return modules[0].forward(query, key, value, masks[0], scale)
     return groups.forward(modules, query, key, value, masks, scale)
@@ -255,12 +257,14 @@ def _masks(rule: str, *sizes: int) -> tuple[KronMask, ...]:
     return tuple(KronMask.from_rule(part, frames=frames, tokens=tokens, prefix=prefix) for part in split_rules(rule))
 
 
-def _modules(backend: str, query: Tensor, key: Tensor, masks: tuple[KronMask, ...]) -> list[ModuleType]:
+def _modules(
+    backend: str, step: backends.Step, query: Tensor, key: Tensor, masks: tuple[KronMask, ...]
+) -> list[ModuleType]:
     """The backend of each group of heads."""
     if len(masks) == 1:
-        return [backends.get(backend, query, key, masks[0])]
+        return [backends.get(backend, step, query, key, masks[0])]
     parts = groups.head_groups(query, key, key, len(masks))
-    return [backends.get(backend, q, k, mask) for (q, k, _), mask in zip(parts, masks, strict=True)]
+    return [backends.get(backend, step, q, k, mask) for (q, k, _), mask in zip(parts, masks, strict=True)]
 
 
 @_attention_op.register_fake
@@ -294,7 +298,10 @@ def _attention_backward_op(
         grad_output = torch.zeros_like(output)
     if grad_lse is not None:  # of a query that sees no key: 0, whatever a merge by logaddexp hands back for -inf
         grad_lse = grad_lse.masked_fill(lse.isneginf(), 0.0)
-    modules, given = _modules(backend, query, key, masks), (grad_output, grad_lse, query, key, value, output, lse)
+    modules, given = (
+        _modules(backend, "backward", query, key, masks),
+        (grad_output, grad_lse, query, key, value, output, lse),
+    )
     if len(masks) == 1:
         return modules[0].backward(*given, masks[0], scale)
     return groups.backward(modules, *given, masks, scale)
