@@ -179,7 +179,7 @@ def load_model(
 
 
 # what changes a model's outputs without a trace in the shapes of its weights, or had better be named than found there
-BINDING = ("attention", "window", "sink", "placement", "layers", "temporal_embedding", "quick_gelu")
+BINDING = ("name", "attention", "window", "sink", "placement", "layers", "temporal_embedding", "quick_gelu")
 
 
 def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConfig) -> None:

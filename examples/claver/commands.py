@@ -84,6 +84,8 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
             "augment.short_side has no effect with test.crops 3, whose frames have a short side of augment.size"
         )
     splits = by_split(loaded.config)
+    if "test.summary" in given.typed and len(splits) == 1:
+        raise ValueError("test.summary has no effect without data.splits; leave it out")
     choices = {
         split: texts_of(loaded._replace(config=config), given, need_labels=True) for split, config in splits.items()
     }

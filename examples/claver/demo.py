@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from .evaluate import Evaluation, likeliest
 from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 from .files import replace_file
 from .motions import MOTIONS, MotionDataset, write_motion_dataset
+from .order import Order, evaluate_order, opposites_of
 from .prompts import OBJECT_TEMPLATES
 from .run_folder import saved_steps, weights_of
 from .sampling import segment_indices
@@ -132,9 +134,9 @@ def demo(
         for position, name in enumerate(("KMCT", "frame average")):
             config = demo_config(folder, dataset, temporal=name == "KMCT", seed=seed, epochs=epochs, rotary=rotary)
             futures[name] = pool.submit(_train_and_evaluate, config, name, position)
-        histories, evaluations = {}, {}
+        histories, evaluations, orders = {}, {}, {}
         for name, future in futures.items():
-            histories[name], evaluations[name] = future.result()
+            histories[name], evaluations[name], orders[name] = future.result()
     with replace_file(folder / Path(DEMO_CHECKPOINT).name) as partial:
         shutil.copyfile(weights_of(folder / "kmct", saved_steps(folder / "kmct")[-1]), partial)
 
@@ -144,6 +146,7 @@ def demo(
         "top5": evaluations["KMCT"].top(5),
         "baseline_top1": evaluations["frame average"].top(1),
         "baseline_top5": evaluations["frame average"].top(5),
+        "order": {name: dataclasses.asdict(order) for name, order in orders.items()},
         "chance": 1 / len(classes),
         "classes": classes,
         "num_train": num_train,
@@ -161,11 +164,18 @@ def demo(
     return results
 
 
-def _train_and_evaluate(config: Config, name: str, position: int) -> tuple[list[dict[str, Any]], Evaluation]:
-    """One model's history and evaluation, on one thread: the same numbers on any number of cores."""
+def _train_and_evaluate(config: Config, name: str, position: int) -> tuple[list[dict[str, Any]], Evaluation, Order]:
+    """One model's history and evaluation, also of clips backwards, on one thread: the same numbers on any number of cores."""
     torch.set_num_threads(1)
     run = train(config, overwrite=True, progress=name, bar_position=position)
-    return run.history, run_evaluation(config, run.model, run.tokens)
+    evaluation = run_evaluation(config, run.model, run.tokens)
+    order = evaluate_order(
+        run.model,
+        lambda model: run_evaluation(config, model, run.tokens),
+        opposites_of(read_labels(config.data.labels)),
+        forwards=evaluation,
+    )
+    return run.history, evaluation, order
 
 
 def _draw(
@@ -230,6 +240,8 @@ def _report(folder: Path, results: dict[str, Any], pictures: list[Path]) -> None
         f"\nTop-1 on {results['num_test']} held-out clips: {results['top1']:.3f} with KMCT, {results['baseline_top1']:.3f} as a "
         f"frame average, {results['chance']:.3f} by chance ({results['seconds']:.0f} s).\n"
         "Opposite motions have the same frames in another order: without order, 0.5 is the best that can be expected.\n"
+        f"Played backwards, {results['order']['KMCT']['reversed_opposite']:.3f} of the clips are taken for the opposite motion "
+        f"with KMCT, {results['order']['frame average']['reversed_opposite']:.3f} as a frame average.\n"
         f"\n  results      {folder / 'results.json'}\n  checkpoint   {folder / Path(DEMO_CHECKPOINT).name}"
     )
     for picture in pictures:

@@ -180,7 +180,7 @@ def test_the_demo_writes_results_checkpoint_and_pictures_and_gives_the_same_numb
     results = demo(tmp_path / "demo", num_train=32, num_test=16, epochs=1)
     stored = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert stored == results
-    keys = "top1 top5 baseline_top1 chance classes num_train num_test seconds versions seed command date machine"
+    keys = "top1 top5 baseline_top1 order chance classes num_train num_test seconds versions seed command date machine"
     assert set(keys.split()) <= set(stored)
     for name in ("mask", "predictions", "confusion", "curves", "accuracy"):
         assert (tmp_path / "demo" / f"{name}.png").stat().st_size > 10_000

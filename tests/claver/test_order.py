@@ -116,7 +116,8 @@ def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
     assert (found.top1, found.shuffled_same, found.videos, found.opposites) == (0.75, 0.75, 4, 3)
     assert found.reversed_opposite == pytest.approx(1 / 3)  # the first of three
     assert found.reversed_same == pytest.approx(2 / 3)
-    unread = Evaluation(torch.eye(3)[said["forwards"]] * torch.tensor([[0.0], [1], [1], [1]]), labels)
+    first_unread = torch.eye(3)[said["forwards"]] * torch.tensor([[0.0], [1], [1], [1]])
+    unread = Evaluation(first_unread, first_unread, labels)
     assert evaluate_order(model, evaluate, opposites, forwards=unread).top1 == 0.5  # a broken video counts as wrong
     with pytest.raises(ValueError, match="no test video is of a class that has an opposite"):
         evaluate_order(model, evaluate, [None, None, None])

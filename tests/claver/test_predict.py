@@ -58,6 +58,7 @@ def test_names_stand_for_files_in_natural_order_each_once(videos):
     pattern = find_videos([f"{videos}/*.mp4", f"{videos}/clip10.mp4", "gone.mp4"])
     assert [os.path.basename(path) for path in pattern] == ["clip2.mp4", "clip10.mp4", "gone.mp4"]
     assert len(find_videos([f"{videos}/**/*.*i", str(videos)])) == 3
+    assert len(find_videos([str(videos), f"{videos}/below/../clip2.mp4"])) == 3  # one file by two names
     for name, message in ((f"{videos}/*.mov", "no file fits this pattern"), (str(videos / "empty"), "no video files")):
         (videos / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=message):

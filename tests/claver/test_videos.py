@@ -198,11 +198,9 @@ def test_a_run_on_shards_goes_on_exactly_and_with_no_other_number_of_processes(
             train(config)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "claver.train.load_pair", lambda *args: (lambda a, b: (a, b | {"processes": 2}))(*load_pair(*args))
+            "claver.prepare.load_pair", lambda *args: (lambda a, b: (a, b | {"processes": 2}))(*load_pair(*args))
         )
-        with pytest.raises(
-            CheckpointError, match="is of 2 processes, which share the order of shards; go on with as many"
-        ):
+        with pytest.raises(CheckpointError, match="the run had 2 processes, and this is 1: which videos of shards"):
             train(config, resume=True)
     resumed = train(config, resume=True)
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
