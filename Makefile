@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    make a virtual environment, install, train a small video model on real files and show what it learned"
 	@echo "make test    make a virtual environment, install and run the tests"
-	@echo "make gpu     run the conformance suite and the speed benchmark on the GPU and store the results"
+	@echo "make gpu     run the conformance suite and the speed benchmark on the GPU, let it choose backends, and store the results"
 	@echo "make zoo     check every plain ViT of timm and every family in every placement, and store the result"
 	@echo "make lowest  run the tests under the lowest supported versions, and store the result"
 	@echo "make check   lint, format and types"

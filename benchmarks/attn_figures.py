@@ -27,6 +27,10 @@ COLORS = {
     "kronmask sdpa": "#0072b2",
     "kronmask flex": "#a8adb4",
     "kronmask dense": "#7d838b",
+    "kronmask flex-flash": "#c9b458",
+    "flex-flash": "#f0e442",
+    "sdpa-fa3": "#004b76",
+    "sdpa-fa4": "#3a3f8f",
 }
 MARKERS = "D^vsPX*<>d"  # of the masks
 PREFERRED = {"tokens": 197, "frames": 8}  # what is held while the other varies

@@ -13,6 +13,12 @@ installed, refuses or fails is a row that says why. The peers:
     flex_64     compiled FlexAttention with blocks of 64; its mask is built beforehand (`mask_seconds`)
     flex_128    the same with blocks of 128
     mha         `nn.MultiheadAttention` with a float mask of 0 and -inf, as published code does it; its projections count
+
+and, by default only where they can run (NVIDIA's Hopper and Blackwell, with the packages installed):
+
+    flex-flash  FlexAttention on the kernels of FlashAttention-4, `kernel_options={"BACKEND": "FLASH"}`
+    sdpa-fa3    kronmask's `sdpa` on FlashAttention-3, by `torch.nn.attention.activate_flash_attention_impl`
+    sdpa-fa4    the same on FlashAttention-4
 """
 
 from __future__ import annotations
@@ -20,15 +26,16 @@ from __future__ import annotations
 import argparse
 import math
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from attn_contenders import CONTENDERS, PEERS, Case, Contender, dense, qkv, runs_on, timed
 from attn_figures import draw
 from common import (
     CAN_MEASURE_A_PROCESS,
@@ -40,19 +47,17 @@ from common import (
     interleaved,
     peak_memory,
     save,
-    synchronize,
     table,
     until_failure,
 )
 from einops import rearrange
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from kronmask import kron_attention, masks
+from kronmask import masks
 from kronmask.backends import BACKENDS
 
-__all__ = ["CONTENDERS", "PEERS", "Case", "main", "run_case", "useful_flops"]
+__all__ = ["main", "run_case", "useful_flops"]
 
 PASSES = ("forward", "forward+backward")
 MASK_FREE = {"joint": "joint", "divided": "temporal + spatial"}  # peers that need no mask, and what theirs is
@@ -70,153 +75,13 @@ CPU = {
     "dtype": ["float32"],
     "rounds": 9,
 }
-CUDA = {
+CUDA: dict[str, Any] = {
     "shapes": [*product((8, 16, 32), (50, 197)), *product((8, 16), (257, 577))],
     "batch": [4],
     "dtype": ["bfloat16"],
     "rounds": 30,
 }
 QUICK = {"shapes": [(8, 50), (8, 197)], "rounds": 5, "peers": ["joint", "divided", "sdpa_mask", "flex_128", "mha"]}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What all contenders are given: sizes, numbers and pass."""
-
-    frames: int
-    tokens: int
-    batch: int
-    heads: int
-    head_dim: int
-    dtype: str
-    device: str
-    passes: str
-    seed: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.frames * self.tokens
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of one of query, key, value and output."""
-        return self.batch * self.heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to compute a case, ready to be called.
-
-    `forward` returns `(B, H, L, D)`; `inputs` are what a backward pass differentiates by. `mask_seconds` is the time that making
-    the mask took, which no call repeats.
-    """
-
-    forward: Callable[[], Tensor]
-    inputs: tuple[Tensor, ...]
-    mask_seconds: float | None = None
-
-
-# ---- the contenders -------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _qkv(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `(B, H, L, D)`, views of one `(B, L, 3, H, D)` tensor."""
-    generator = torch.Generator(case.device).manual_seed(case.seed)
-    shape, dtype = (case.batch, case.length, 3, case.heads, case.head_dim), getattr(torch, case.dtype)
-    packed = torch.randn(shape, generator=generator, device=case.device, dtype=dtype)
-    query, key, value = packed.requires_grad_(case.passes != "forward").permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
-
-
-def _kronmask(case: Case, mask_name: str, backend: str) -> Contender:
-    inputs = _qkv(case)
-    mask, seconds = _timed(lambda: masks.NAMES[mask_name](case.frames, case.tokens), case)
-    return Contender(lambda: kron_attention(*inputs, mask, backend=backend), inputs, seconds)
-
-
-def _joint(case: Case, mask_name: str) -> Contender:
-    inputs = _qkv(case)
-    return Contender(lambda: F.scaled_dot_product_attention(*inputs), inputs)
-
-
-def _divided(case: Case, mask_name: str) -> Contender:
-    """Over frames, then over positions with what that gave as values: a chain, as in TimeSformer, without its projections."""
-    query, key, value = inputs = _qkv(case)
-    sizes = {"b": case.batch, "t": case.frames}
-
-    def over(batched: str, *tensors: Tensor) -> Tensor:
-        q, k, v = (rearrange(x, f"b h (t n) d -> {batched}", **sizes) for x in tensors)
-        return rearrange(F.scaled_dot_product_attention(q, k, v), f"{batched} -> b h (t n) d", **sizes)
-
-    def forward() -> Tensor:
-        return over("(b t) h n d", query, key, over("(b n) h t d", query, key, value))
-
-    return Contender(forward, inputs)
-
-
-def _sdpa_mask(case: Case, mask_name: str) -> Contender:
-    inputs = _qkv(case)
-    mask, seconds = _timed(lambda: _dense(mask_name, case), case)
-    return Contender(lambda: F.scaled_dot_product_attention(*inputs, attn_mask=mask), inputs, seconds)
-
-
-def _flex(case: Case, mask_name: str, block: int) -> Contender:
-    import torch._dynamo
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.config.recompile_limit = 1000  # over it FlexAttention would silently run unfused
-    inputs, mask_mod = _qkv(case), _mask_mod(mask_name, case)
-    sizes = (None, None, case.length, case.length)
-    build = partial(create_block_mask, mask_mod, *sizes, device=case.device, BLOCK_SIZE=block)
-    build()  # the first one also loads what torch loads late
-    block_mask, seconds = _timed(build, case)
-    attend: Any = torch.compile(flex_attention, dynamic=False)
-    return Contender(lambda: attend(*inputs, block_mask=block_mask), inputs, seconds)
-
-
-def _mha(case: Case, mask_name: str) -> Contender:
-    """The module with identity weights, so that it computes the attention of its input; no product looks at the values."""
-    width = case.heads * case.head_dim
-    embedding = rearrange(_qkv(case)[0].detach(), "b h l d -> b l (h d)").contiguous()
-    embedding.requires_grad_(case.passes != "forward")
-    module = nn.MultiheadAttention(width, case.heads, batch_first=True).to(embedding)
-    with torch.no_grad():
-        module.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
-        module.out_proj.weight.copy_(torch.eye(width))
-    zeros = partial(torch.zeros, case.length, case.length, dtype=embedding.dtype, device=case.device)
-    mask, seconds = _timed(lambda: zeros().masked_fill_(~_dense(mask_name, case), -math.inf), case)
-
-    def forward() -> Tensor:
-        output = module(embedding, embedding, embedding, attn_mask=mask, need_weights=False)[0]
-        return rearrange(output, "b l (h d) -> b h l d", h=case.heads)
-
-    return Contender(forward, (embedding, *module.parameters()), seconds)
-
-
-PEERS: dict[str, Callable[[Case, str], Contender]] = {
-    "joint": _joint,
-    "divided": _divided,
-    "sdpa_mask": _sdpa_mask,
-    "flex_64": partial(_flex, block=64),
-    "flex_128": partial(_flex, block=128),
-    "mha": _mha,
-}
-CONTENDERS = PEERS | {f"kronmask {backend}": partial(_kronmask, backend=backend) for backend in BACKENDS}
-
-
-def _mask_mod(mask_name: str, case: Case) -> Callable[..., Tensor]:
-    """The mask as FlexAttention takes it: for CLAVER's two as one would write them by hand, else a look-up in the frame table."""
-    tokens = case.tokens
-    if mask_name == "kmt":
-        return lambda b, h, q, k: (q // tokens != k // tokens) | (q == k)
-    if mask_name == "kmct":
-        return lambda b, h, q, k: (q // tokens > k // tokens) | (q == k)
-    return masks.NAMES[mask_name](case.frames, tokens).mask_mod(case.device)
-
-
-def _dense(mask_name: str, case: Case) -> Tensor:
-    return masks.NAMES[mask_name](case.frames, case.tokens).dense(case.device)
 
 
 # ---- one pass of one contender --------------------------------------------------------------------------------------
@@ -267,10 +132,10 @@ def _check(name: str, mask_name: str, case: Case, actual: Sequence[Tensor]) -> N
     if name == "divided":
         return  # a row of it depends on its whole frame: the tests compare it, on small clips
     rows = _checked_rows(case)
-    qkv = _qkv(case)[:1] * 3 if name == "mha" else _qkv(case)
-    query, key, value = inputs = [x.detach().double().requires_grad_() for x in qkv]
+    given = qkv(case)[:1] * 3 if name == "mha" else qkv(case)
+    query, key, value = inputs = [x.detach().double().requires_grad_() for x in given]
     scores = query[:, :, rows] @ key.mT * case.head_dim**-0.5
-    scores = scores.masked_fill(~_dense(mask_name, case)[rows], -math.inf)
+    scores = scores.masked_fill(~dense(mask_name, case)[rows], -math.inf)
     output = scores.softmax(-1) @ value
     expected = [output]
     if case.passes != "forward":
@@ -290,15 +155,6 @@ def _prepared_for_memory(name: str, mask_name: str, case: Case, warm: bool) -> C
     if warm:
         call()
     return call
-
-
-def _timed(call: Callable[[], Any], case: Case) -> tuple[Any, float]:
-    device = torch.device(case.device)
-    synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return result, time.perf_counter() - start
 
 
 # ---- a case ---------------------------------------------------------------------------------------------------------
@@ -321,6 +177,7 @@ def run_case(
     rows = {_label(*entry): _row(case, *entry) for entry in entries}
     calls: dict[str, Callable[[], object]] = {}
     times: dict[str, Times] = {}
+    around: dict[str, Callable[[], AbstractContextManager[object]]] = {}
     joint = math.inf
     for mask_name, name in entries:
         label = _label(mask_name, name)
@@ -330,22 +187,24 @@ def run_case(
             contender = CONTENDERS[name](case, mask_name)
             call = _step(contender, case)
             row["mask_seconds"] = contender.mask_seconds
-            actual, seconds = _timed(partial(call, _checked_grad_output(case)), case)
-            _check(name, mask_name, case, actual)
-            del actual
-            # was it an import or a compiler? (Nothing is compiled for the unfused, which may take minutes.)
-            if seconds > limit and (seconds < 5 * limit or not _unfused(name, case)):
-                seconds = _timed(call, case)[1]
-            if name == "joint":
-                joint = seconds
-            once = seconds > max(limit, SLOW * joint)
-            if memory:
-                row["peak_bytes"] = _peak(name, mask_name, case, call, warm=not once)
+            around[label] = contender.around
+            with contender.around():
+                actual, seconds = timed(partial(call, _checked_grad_output(case)), case)
+                _check(name, mask_name, case, actual)
+                del actual
+                # was it an import or a compiler? (Nothing is compiled for the unfused, which may take minutes.)
+                if seconds > limit and (seconds < 5 * limit or not _unfused(name, case)):
+                    seconds = timed(call, case)[1]
+                if name == "joint":
+                    joint = seconds
+                once = seconds > max(limit, SLOW * joint)
+                if memory:
+                    row["peak_bytes"] = _peak(name, mask_name, case, call, warm=not once)
             if once:
                 times[label] = Times([seconds])
             else:
                 calls[label] = until_failure(call, row)
-    times |= interleaved(calls, device, rounds=rounds, warmup=1)
+    times |= interleaved(calls, device, rounds=rounds, warmup=1, around=around)
     for mask_name, name in entries:
         if rows[_label(mask_name, name)]["error"] is None:
             _fill(rows[_label(mask_name, name)], mask_name, name, times, case)
@@ -471,7 +330,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, number = parser.add_argument, _at_least_one
     add("--masks", nargs="+", choices=masks.NAMES, default=["kmt", "kmct"])
-    add("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="of kronmask")
+    add("--backends", nargs="*", choices=BACKENDS, help="of kronmask")
     add("--peers", nargs="*", choices=PEERS)
     add("--frames", nargs="+", type=number, metavar="T", help="with --tokens: every pair of both is measured")
     add("--tokens", nargs="+", type=number, metavar="N", help="per frame, the class token included")
@@ -497,7 +356,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-plots", dest="plots", action="store_false")
     options = parser.parse_args(arguments)
     defaults = (CUDA if options.device.type == "cuda" else CPU) | (QUICK if options.quick else {})
-    defaults = {"peers": list(PEERS), "out": _repository() / "runs/benchmarks" if options.quick else RESULTS} | defaults
+    able = {
+        key: [name for name in names if runs_on(options.device, name)]
+        for key, names in (("peers", PEERS), ("backends", BACKENDS))
+    }
+    defaults = {**able, "out": _repository() / "runs/benchmarks" if options.quick else RESULTS} | defaults
     if options.frames or options.tokens:
         defaults["shapes"] = list(product(options.frames or [8], options.tokens or [197]))
     for key, value in defaults.items():

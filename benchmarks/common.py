@@ -17,7 +17,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 CAN_MEASURE_A_PROCESS = Path("/proc/self/clear_refs").exists()
 """Whether the system tells the peak of a process's memory."""
 
-PACKAGES = ("kronmask", "torch", "torchvision", "triton", "timm", "open_clip_torch", "transformers", "accelerate", "av",
-            "torchcodec", "opencv-python-headless", "decord")  # fmt: skip
+PACKAGES = ("kronmask", "torch", "torchvision", "triton", "flash-attn-4", "flash-attn-3", "timm", "open_clip_torch", "transformers",
+            "accelerate", "av", "torchcodec", "opencv-python-headless", "decord")  # fmt: skip
 
 
 # ---- where a number comes from --------------------------------------------------------------------------------------
@@ -176,6 +176,7 @@ def interleaved(
     rounds: int = 9,
     warmup: int = 2,
     shortest: float = 0.005,
+    around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> dict[str, Times]:
     """Times calls against each other: in each round each runs once, in turn, so that all meet the same state of the machine.
 
@@ -183,20 +184,24 @@ def interleaved(
         calls: what to time, by name. A call that is shorter than `shortest` seconds is repeated within a round (CPU only).
         device: on "cuda" the time is that between two events, after the L2 cache was overwritten.
         rounds, warmup: counted rounds, and calls of each before them that are not counted.
+        around: what a call runs inside of, by name; entering and leaving it is not timed.
     """
+    around = around or {}
     repeats = dict.fromkeys(calls, 1)
     for name, call in calls.items():
-        for _ in range(warmup):
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            last = time.perf_counter() - start
-            repeats[name] = 1 if device.type == "cuda" else max(1, round(shortest / last))
+        with around.get(name, nullcontext)():
+            for _ in range(warmup):
+                start = time.perf_counter()
+                call()
+                synchronize(device)
+                last = time.perf_counter() - start
+                repeats[name] = 1 if device.type == "cuda" else max(1, round(shortest / last))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     timed = _cuda_seconds(device) if device.type == "cuda" else _cpu_seconds
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds[name].append(timed(call, repeats[name]))
+            with around.get(name, nullcontext)():
+                seconds[name].append(timed(call, repeats[name]))
     return {name: Times(values) for name, values in seconds.items()}
 
 

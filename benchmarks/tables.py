@@ -120,36 +120,79 @@ def _accuracy() -> str:
 
 
 def _kernels() -> str:
+    """What the default kernels use and reach by the model, and what masks cost in them."""
     stored = _stored("kernel_report")
     header = [
-        "bfloat16, D=64 and 128",
-        "matrix instruction",
+        "bfloat16",
+        "tile, warps, stages",
         "registers",
-        "spilled bytes",
-        "shared memory",
-        "KMT's hot loop",
+        "blocks an SM",
+        "overlapped",
+        "in turn",
+        "estimated",
+        "busiest pipe",
     ]
     lines = []
-    for arch in dict.fromkeys(kernel["arch"] for kernel in stored["kernels"]):
-        kernels = [kernel for kernel in stored["kernels"] if kernel["arch"] == arch]
-        shared = max(kernel["shared_bytes"] / kernel["shared_limit"] for kernel in kernels)
-        pairs = zip(kernels[::2], kernels[1::2], strict=True)  # the same kernel for the joint mask and for KMT
-        loop = max(kmt["instructions"] / joint["instructions"] for joint, kmt in pairs)
-        most = [str(max(kernel[key] for kernel in kernels)) for key in ("registers", "spilled_bytes")]
-        lines.append([arch, kernels[0]["matrix"], *most, f"{shared:.0%} of the limit", f"{loop - 1:+.1%}"])
-    visits = {(v["step"], v["mask"], v["frames"], v["tokens"]): v for v in stored["tiles"]["sm_90 64"]}
-    tokens = sorted({key[3] for key in visits})
-    blocks = [
-        [f"{mask.upper()} {step}", *(f"{visits[step, mask, 8, n]['of_dense']:.3f}" for n in tokens)]
-        for mask in ("kmt", "kmct")
-        for step in ("forward", "backward_query", "backward_key")
-    ]
-    visited = _markdown(["tiles visited over a dense grid's, T=8", *(f"N={n}" for n in tokens)], blocks)
+    for kernel in (k for k in stored["kernels"] if k["mask"] == "kmt" and "share" in k and k["head_dim"] in (64, 128)):
+        pipes = kernel["loops"]["whole"]
+        lines.append([
+            f"{kernel['arch']} {kernel['step']} D={kernel['head_dim']}",
+            kernel["option"].replace("w", ", ").replace("s", ", "),
+            *(str(kernel[key]) for key in ("registers", "blocks")),
+            *(f"{kernel['share'][key]:.2f}" for key in ("overlapped", "in_turn", "estimated")),
+            max(pipes, key=pipes.__getitem__),
+        ])  # fmt: skip
+    kernels = _markdown(header, lines)
+    rows = {
+        (r["step"], r["mask"], r["frames"], r["tokens"]): r
+        for r in stored["masks"]
+        if (r["arch"], r["head_dim"]) == ("sm_90", 64)
+    }
+    sizes = sorted({key[2:] for key in rows})
+    blocks = []
+    for mask in ("kmt", "kmct"):
+        for step in ("forward", "backward_query", "backward_key"):
+            costs = [rows[step, mask, t, n] for t, n in sizes]
+            cells = (f"{c['of_dense']:.2f} / {c['loops']:.2f} / {c['with_tiles']:.2f}" for c in costs)
+            blocks.append([f"{mask.upper()} {step}", *cells])
+    cost = _markdown(["sm_90, D=64: visits / cost of loops / of all", *(f"T={t} N={n}" for t, n in sizes)], blocks)
     told = (
         f"\n{_link('kernel_report')}: `{stored['command']}`, Triton "
         f"{stored['versions']['triton']}, {stored['date']}; compiled, not run.\n"
     )
-    return visited + "\n" + _markdown(header, lines) + told
+    return kernels + "\n" + cost + told
+
+
+def _kernel_peers() -> str:
+    """The loops of other kernels by the same model."""
+    stored = _stored("kernel_peers")
+    header = [
+        "forward, bfloat16",
+        "tile, warps, stages",
+        "registers",
+        "spilled bytes",
+        "blocks an SM",
+        "overlapped",
+        "estimated",
+    ]
+    lines = []
+    for row in stored["rows"]:
+        for name, loop in zip(
+            ("partial blocks", "full blocks") if "visits" in row else ("",), row["loops"], strict=True
+        ):
+            lines.append([
+                f"{row['arch']} D={row['head_dim']} {row['kernel']} {name}".strip(),
+                row["option"].replace("w", ", ").replace("s", ", "),
+                *(str(row[key]) for key in ("registers", "spilled_bytes", "blocks")),
+                f"{loop['share'][0]:.2f}",
+                f"{loop['share'][2]:.2f}",
+            ])  # fmt: skip
+    versions = stored["versions"]
+    told = (
+        f"\n{_link('kernel_peers')}: `{stored['command']}`, Triton {versions['triton']}, torch {versions['torch']}, "
+        f"{stored['date']}; compiled, not run.\n"
+    )
+    return _markdown(header, lines) + told
 
 
 def _families() -> str:
@@ -318,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": _models,
     "accuracy": _accuracy,
     "kernels": _kernels,
+    "kernel_peers": _kernel_peers,
     "lowest": _lowest,
     "streams": _streams,
     "decode": _decode,

@@ -1,6 +1,6 @@
 """What the texts of a training step of CLAVER cost: encoded whole by every process, cut, shared, and encoded once.
 
-    python benchmarks/train_step.py           # towers of 4 blocks, 8 classes; writes benchmarks/results; 5 minutes on two cores
+    python benchmarks/train_step.py           # towers of 2 blocks, 6 classes; writes benchmarks/results; 2 minutes on two cores
     python benchmarks/train_step.py --quick   # a look, with a small model; writes runs/benchmarks
 
 A step is a forward and a backward through both towers, with prompts that are drawn anew each round out of those shipped for
@@ -298,24 +298,24 @@ def main(arguments: Sequence[str] | None = None, models: dict[str, int] | None =
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     full = {
-        "classes": 12,
-        "clips": 4,
-        "size": 128,
-        "depth": 12,
-        "width": 768,
-        "text_width": 512,
+        "classes": 6,
+        "clips": 2,
+        "size": 96,
+        "depth": 2,
+        "width": 256,
+        "text_width": 256,
         "rounds": 5,
         "out": RESULTS,
     }
     quick = {"classes": 6, "clips": 2, "size": 64, "depth": 3, "width": 128, "text_width": 128, "rounds": 3}
-    parser.add_argument("--classes", type=int, help="of Kinetics-400, the first ones: 8")
+    parser.add_argument("--classes", type=int, help="of Kinetics-400, the first ones: 6")
     parser.add_argument("--prompts", type=int, default=5, help="of each class in a step")
     parser.add_argument("--clips", type=int, help="on each process: 2")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, help="pixels, a multiple of 32: 96")
-    parser.add_argument("--depth", type=int, help="blocks of each tower: 4")
-    parser.add_argument("--width", type=int, help="of the vision tower: 512")
-    parser.add_argument("--text-width", type=int, help="of the text tower: 512")
+    parser.add_argument("--depth", type=int, help="blocks of each tower: 2")
+    parser.add_argument("--width", type=int, help="of the vision tower: 256")
+    parser.add_argument("--text-width", type=int, help="of the text tower: 256")
     parser.add_argument("--rounds", type=int, help="in which each way runs once: 5")
     parser.add_argument("--out", type=Path, help="folder: benchmarks/results")
     parser.add_argument("--name", default="train_step", help="of the files")

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from kronmask.kernels import primitives
 from kronmask.kernels.config import Config, choose
-from kronmask.kernels.forward import constants, mask_arguments, mask_tables
+from kronmask.kernels.forward import constants, mask_tables, widest
 from kronmask.kernels.primitives import (
     LOG2E,
+    addressable,
+    batch_and_head,
     diagonal_rows,
     dot,
     gather_block,
     load_block,
-    load_intervals,
     load_rows,
     load_run,
     narrow,
-    pattern_bits,
+    seen_bits,
     store_rows,
     tile_rows,
-    unit_stride,
 )
 from kronmask.kernels.tiles import make_tables, transposed
 from kronmask.mask import KronMask
@@ -41,11 +41,13 @@ __all__ = ["attention_backward", "backward_key_kernel", "backward_query_kernel"]
 
 
 @triton.jit
-def query_step(q, grad, k, v, lse, delta, acc, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds the share of one block of keys to `acc (BLOCK_M, BLOCK_D)`; `lse` in base 2."""
+def query_step(q, grad, k, v, lse, delta, acc, scale, seen, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the share of one block of keys to `acc (BLOCK_M, BLOCK_D)`; `lse` in base 2; `seen` as in the forward."""
     weights = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - lse[:, None])
-    if MASKED:
-        weights = tl.where(allowed, weights, 0.0)
+    if MASK == "columns":
+        weights *= seen[None, :]
+    elif MASK == "pairs":
+        weights = tl.where(seen, weights, 0.0)
     grad_scores = weights * (dot(grad, tl.trans(v), None, PRECISION) - delta[:, None])
     return dot(narrow(grad_scores, k.dtype, PRECISION), k, acc, PRECISION)
 
@@ -64,26 +66,26 @@ def query_diagonal(
     return (weight * (tl.sum(grad * v, 1) - delta))[:, None] * k
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "length", "num_diagonals"])  # fmt: skip
 def backward_query_kernel(
     query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
-    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row, grad_batch, grad_head, grad_row, grad_query_batch, grad_query_head, grad_query_row,
-    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    num_tiles, heads, group_heads, group, length, num_diagonals,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * Hq)`, tiles fastest."""
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest."""
     tile = tl.program_id(0) % num_tiles
-    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    extent = tiles_table + tile * 10
+    batch, head = batch_and_head(extent, num_tiles, group_heads)
     key_base = key + batch * key_batch + head // group * key_head
     value_base = value + batch * value_batch + head // group * value_head
 
-    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
+    rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     query_base = query + batch * query_batch + head * query_head
     grad_base = grad_output + batch * grad_batch + head * grad_head
     q = load_rows(query_base, rows, query_row, exists, HEAD_DIM, BLOCK_D, True)
@@ -101,7 +103,7 @@ def backward_query_kernel(
     tl.store(delta + flat, change, mask=exists)
 
     if DIAGONALS == 1:
-        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        partners, present = diagonal_rows(diagonals, lists_table, tile, 0, 1, rows, exists, BLOCK_M)
         acc = query_diagonal(
             query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
             log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
@@ -110,46 +112,50 @@ def backward_query_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if DIAGONALS > 1:
         for i in range(num_diagonals):
-            partners, present = diagonal_rows(diagonals, i, num_diagonals, lists, positions, exists, num_frames)
+            partners, present = diagonal_rows(diagonals, lists_table, tile, i, num_diagonals, rows, exists, BLOCK_M)
             acc += query_diagonal(
                 query_base, grad_base, key_base, value_base, rows, partners, query_row, grad_row, key_row, value_row, present,
                 log_sum, change, log2_scale, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
-    extent = tiles_table + tile * 7
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, run_length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, run_length, BLOCK_N):
             first_key = start + column + tl.where(column >= hole_at, hole, 0)
             k = load_block(key_base, first_key, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
             v = load_block(value_base, first_key, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, False, PRECISION)
+            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, "none", PRECISION)
 
-    seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
-    whole = tl.load(extent + 3)
-    for block in range(tl.load(extent + 2), tl.load(extent + 4)):
-        keys, valid, allowed = gather_block(
-            keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
-        )
-        k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-        acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+    block = tl.load(extent + 2)
+    number = tl.load(extent + 3)
+    for done in tl.range(0, number, BLOCK_N, num_stages=1):  # seldom more than two turns
+        keys = gather_block(keys_table, block, BLOCK_N)
+        k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
+        v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
+        valid = (tl.arange(0, BLOCK_N) < number - done).to(tl.float32)
+        acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, valid, "columns", PRECISION)
+        block += 1
 
-    if PATTERNS:
-        offsets = tl.arange(0, BLOCK_N)
-        for run in range(tl.load(extent + 5), tl.load(extent + 6)):
-            pattern = tl.load(pattern_runs + run * 3)
-            start = tl.load(pattern_runs + run * 3 + 1)
-            run_length = tl.load(pattern_runs + run * 3 + 2)
-            for column in range(0, run_length, BLOCK_N):
-                valid = column + offsets < run_length
-                keys = start + column + offsets
-                k = load_rows(key_base, keys, key_row, valid, HEAD_DIM, BLOCK_D, True)
-                v = load_rows(value_base, keys, value_row, valid, HEAD_DIM, BLOCK_D, True)
-                allowed = pattern_bits(
-                    patterns, pattern, positions, column + offsets, exists, valid, tokens, other_tokens
-                )
-                acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, allowed, True, PRECISION)
+    if TESTED:
+        classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+        for run in range(tl.load(extent + 1), tl.load(extent + 4)):
+            start, run_length, word, _ = load_run(runs_table, run)
+            seen = tl.load(bits_table + word + classes) != 0
+            hidden = tl.where(seen, log_sum, float("inf"))
+            for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
+                k = load_block(key_base, start + column, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                v = load_block(value_base, start + column, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                acc = query_step(q, grad, k, v, hidden, change, acc, log2_scale, None, "none", PRECISION)
+
+        word = tl.load(extent + 7)
+        num_classes = tl.load(extent + 8)
+        for block in tl.range(tl.load(extent + 5), tl.load(extent + 6), num_stages=1):
+            keys = gather_block(keys_table, block, BLOCK_N)
+            k = load_rows(key_base, keys, key_row, None, HEAD_DIM, BLOCK_D, False)
+            v = load_rows(value_base, keys, value_row, None, HEAD_DIM, BLOCK_D, False)
+            seen = seen_bits(bits_table, word, num_classes, classes, BLOCK_N)
+            acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, seen, "pairs", PRECISION)
+            word += num_classes * ((BLOCK_N + 31) // 32)
 
     grad_query += batch * grad_query_batch + head * grad_query_head
     store_rows(grad_query, rows, grad_query_row, acc * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
@@ -159,13 +165,14 @@ def backward_query_kernel(
 
 
 @triton.jit
-def key_step(
-    k, v, q, grad, lse, delta, grad_k, grad_v, scale, allowed, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Adds the share of one block of queries to the gradients `(BLOCK_M, BLOCK_D)` of a tile's keys and values."""
+def key_step(k, v, q, grad, lse, delta, grad_k, grad_v, scale, seen, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the share of one block of queries to the gradients `(BLOCK_M, BLOCK_D)` of a tile's keys and values.
+
+    An `lse` of infinity hides a query from all keys, which no mask needs to do.
+    """
     weights = tl.exp2(dot(k, tl.trans(q), None, PRECISION) * scale - (lse * 1.4426950408889634)[None, :])
-    if MASKED:
-        weights = tl.where(allowed, weights, 0.0)
+    if MASK == "pairs":
+        weights = tl.where(seen, weights, 0.0)
     grad_v = dot(narrow(weights, grad.dtype, PRECISION), grad, grad_v, PRECISION)
     grad_scores = weights * (dot(v, tl.trans(grad), None, PRECISION) - delta[None, :])
     grad_k = dot(narrow(grad_scores, q.dtype, PRECISION), q, grad_k, PRECISION)
@@ -188,31 +195,35 @@ def key_diagonal(
     return (weight * (tl.sum(grad * v, 1) - change))[:, None] * q, weight[:, None] * grad
 
 
-@triton.jit(do_not_specialize=["num_tiles", "heads", "group", "length", "prefix", "num_frames", "tokens", "other_tokens", "num_diagonals"])  # fmt: skip # noqa: E501
+@triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "sharing", "length", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
     query, key, value, grad_output, lse, delta, grad_key, grad_value,
-    rows_table, tiles_table, runs_table, keys_table, intervals, diagonals, pattern_runs, patterns,
+    rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     grad_batch, grad_head, grad_row,
     grad_key_batch, grad_key_head, grad_key_row, grad_value_batch, grad_value_head, grad_value_row,
-    num_tiles, heads, group, length, prefix, num_frames, tokens, other_tokens, num_diagonals,
+    num_tiles, heads, group_heads, sharing, length, num_diagonals,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PATTERNS: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * Hkv)`. The tables are the transposed mask's."""
-    tile = tl.program_id(0) % num_tiles
-    batch = (tl.program_id(0) // num_tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // num_tiles % heads).to(tl.int64)
+    """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * group_heads)`. The tables are the transposed masks'.
 
-    rows, exists, lists, positions = tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M)
-    key_base = key + batch * key_batch + head * key_head
-    value_base = value + batch * value_batch + head * value_head
+    `heads` counts a head of keys once for each of the `sharing` groups of heads that share it, and each has gradients of its own.
+    """
+    tile = tl.program_id(0) % num_tiles
+    extent = tiles_table + tile * 10
+    batch, head = batch_and_head(extent, num_tiles, group_heads)
+
+    rows, exists = tile_rows(rows_table, tile, BLOCK_M)
+    key_base = key + batch * key_batch + head // sharing * key_head
+    value_base = value + batch * value_batch + head // sharing * value_head
     k = load_rows(key_base, rows, key_row, exists, HEAD_DIM, BLOCK_D, True)
     v = load_rows(value_base, rows, value_row, exists, HEAD_DIM, BLOCK_D, True)
 
     if DIAGONALS == 1:
-        partners, present = diagonal_rows(diagonals, 0, 1, lists, positions, exists, num_frames)
+        partners, present = diagonal_rows(diagonals, lists_table, tile, 0, 1, rows, exists, BLOCK_M)
         flat = (batch * heads + head) * length
         grad_k, grad_v = key_diagonal(
             query + batch * query_batch + head * query_head, grad_output + batch * grad_batch + head * grad_head,
@@ -223,11 +234,11 @@ def backward_key_kernel(
         grad_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if DIAGONALS > 1:
-        for step in range(group * num_diagonals):
-            query_head_index = head * group + step // num_diagonals
+        for step in range(GROUP * num_diagonals):
+            query_head_index = head * GROUP + step // num_diagonals
             index = step % num_diagonals
-            partners, present = diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames)
-            flat = (batch * heads * group + query_head_index) * length
+            partners, present = diagonal_rows(diagonals, lists_table, tile, index, num_diagonals, rows, exists, BLOCK_M)
+            flat = (batch * heads * GROUP + query_head_index) * length
             share_k, share_v = key_diagonal(
                 query + batch * query_batch + query_head_index * query_head,
                 grad_output + batch * grad_batch + query_head_index * grad_head,
@@ -238,13 +249,11 @@ def backward_key_kernel(
             grad_v += share_v
 
     offsets = tl.arange(0, BLOCK_N)
-    extent = tiles_table + tile * 7
-
-    for query_head_index in range(head * group, (head + 1) * group):
+    for query_head_index in range(head * GROUP, (head + 1) * GROUP):
         query_base = query + batch * query_batch + query_head_index * query_head
         grad_base = grad_output + batch * grad_batch + query_head_index * grad_head
-        lse_base = lse + (batch * heads * group + query_head_index) * length
-        delta_base = delta + (batch * heads * group + query_head_index) * length
+        lse_base = lse + (batch * heads * GROUP + query_head_index) * length
+        delta_base = delta + (batch * heads * GROUP + query_head_index) * length
 
         for run in range(tl.load(extent), tl.load(extent + 1)):
             start, run_length, hole_at, hole = load_run(runs_table, run)
@@ -255,40 +264,50 @@ def backward_key_kernel(
                 log_sum = tl.load(lse_base + first_query + offsets)
                 change = tl.load(delta_base + first_query + offsets)
                 grad_k, grad_v = key_step(
-                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, False, PRECISION
+                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, "none", PRECISION
                 )
 
-        seen_start, seen_hole, seen_resume, seen_stop = load_intervals(intervals, lists)
-        whole = tl.load(extent + 3)
-        for block in range(tl.load(extent + 2), tl.load(extent + 4)):
-            queries, valid, allowed = gather_block(
-                keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED, BLOCK_N
-            )
-            q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
-            grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
-            log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
-            change = tl.load(delta_base + queries, mask=valid, other=0.0)
+        block = tl.load(extent + 2)
+        number = tl.load(extent + 3)
+        for done in tl.range(0, number, BLOCK_N, num_stages=1):  # seldom more than two turns
+            queries = gather_block(keys_table, block, BLOCK_N)
+            q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
+            grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
+            log_sum = tl.where(offsets < number - done, tl.load(lse_base + queries), float("inf"))
+            change = tl.load(delta_base + queries)
             grad_k, grad_v = key_step(
-                k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
+                k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, None, "none", PRECISION
             )
+            block += 1
 
-        if PATTERNS:
-            for run in range(tl.load(extent + 5), tl.load(extent + 6)):
-                pattern = tl.load(pattern_runs + run * 3)
-                start = tl.load(pattern_runs + run * 3 + 1)
-                run_length = tl.load(pattern_runs + run * 3 + 2)
-                for column in range(0, run_length, BLOCK_N):
-                    columns = column + offsets
-                    valid = columns < run_length
-                    queries = start + columns
-                    q = load_rows(query_base, queries, query_row, valid, HEAD_DIM, BLOCK_D, True)
-                    grad = load_rows(grad_base, queries, grad_row, valid, HEAD_DIM, BLOCK_D, True)
-                    log_sum = tl.load(lse_base + queries, mask=valid, other=0.0)
-                    change = tl.load(delta_base + queries, mask=valid, other=0.0)
-                    allowed = pattern_bits(patterns, pattern, positions, columns, exists, valid, tokens, other_tokens)
+        if TESTED:
+            classes = tl.load(classes_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+            for run in range(tl.load(extent + 1), tl.load(extent + 4)):
+                start, run_length, word, _ = load_run(runs_table, run)
+                seen = (tl.load(bits_table + word + classes) != 0)[:, None]
+                for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
+                    first_query = start + column
+                    q = load_block(query_base, first_query, query_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                    grad = load_block(grad_base, first_query, grad_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                    log_sum = tl.load(lse_base + first_query + offsets)
+                    change = tl.load(delta_base + first_query + offsets)
                     grad_k, grad_v = key_step(
-                        k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, allowed, True, PRECISION
+                        k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, seen, "pairs", PRECISION
                     )
+
+            word = tl.load(extent + 7)
+            num_classes = tl.load(extent + 8)
+            for block in tl.range(tl.load(extent + 5), tl.load(extent + 6), num_stages=1):
+                queries = gather_block(keys_table, block, BLOCK_N)
+                q = load_rows(query_base, queries, query_row, None, HEAD_DIM, BLOCK_D, False)
+                grad = load_rows(grad_base, queries, grad_row, None, HEAD_DIM, BLOCK_D, False)
+                log_sum = tl.load(lse_base + queries)
+                change = tl.load(delta_base + queries)
+                seen = seen_bits(bits_table, word, num_classes, classes, BLOCK_N)
+                grad_k, grad_v = key_step(
+                    k, v, q, grad, log_sum, change, grad_k, grad_v, log2_scale, seen, "pairs", PRECISION
+                )
+                word += num_classes * ((BLOCK_N + 31) // 32)
 
     grad_key += batch * grad_key_batch + head * grad_key_head
     grad_value += batch * grad_value_batch + head * grad_value_head
@@ -307,17 +326,17 @@ def attention_backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    mask: KronMask,
+    masks: tuple[KronMask, ...],
     scale: float,
     query_config: Config | None = None,
     key_config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention under a mask, equal to the bit from run to run.
+    """Gradients of attention under a mask, or under one for each group of heads, equal to the bit from run to run.
 
     Args:
         grad_output: `(B, Hq, Lq, D)`, any strides.
         grad_lse: `(B, Hq, Lq)` or None.
-        query, key, value, mask, scale: those of the forward; `output` and `lse`: its results.
+        query, key, value, masks, scale: those of the forward; `output` and `lse`: its results.
         query_config, key_config: the configurations to run instead of those chosen for the device.
 
     Returns:
@@ -325,43 +344,57 @@ def attention_backward(
     """
     batch, heads, length, head_dim = query.shape
     key_heads, device = key.shape[1], query.device
-    grad_query, grad_key, grad_value = (
-        primitives.empty(batch, x.shape[2], x.shape[1], head_dim, dtype=x.dtype, device=device).transpose(1, 2)
-        for x in (query, key, value)
+    owners = max(
+        key_heads, len(masks)
+    )  # of gradients of keys: groups of heads that share a head of keys have their own
+    sharing = owners // key_heads
+    sizes = (
+        (query, heads, query.dtype),
+        *[(x, owners, torch.float32 if sharing > 1 else x.dtype) for x in (key, value)],
     )
-    if not query.numel():
-        return grad_query, grad_key, grad_value
-    delta = primitives.empty(batch, heads, length, dtype=torch.float32, device=device)
-    query, key, value, output = (unit_stride(x) for x in (query, key, value, output))
-    grad_output, lse = unit_stride(grad_output.to(query.dtype)), lse.contiguous()
-    given_lse = lse if grad_lse is None else grad_lse.float().contiguous()
-
-    reverse = transposed(mask)
+    grad_query, grad_key, grad_value = (
+        primitives.empty(batch, x.shape[2], number, head_dim, dtype=dtype, device=device).transpose(1, 2)
+        for x, number, dtype in sizes
+    )
+    if query.numel():
+        delta = primitives.empty(batch, heads, length, dtype=torch.float32, device=device)
+        query, key, value, output = (addressable(x) for x in (query, key, value, output))
+        grad_output, lse = addressable(grad_output.to(query.dtype)), lse.contiguous()
+        given_lse = lse if grad_lse is None else grad_lse.float().contiguous()
+    reverse = tuple(transposed(mask) for mask in masks)
+    group_heads, group_owners = heads // len(masks), owners // len(masks)
 
     def launch_query(config: Config) -> None:
-        tables = make_tables(mask, config.blocks, config.kind, device)
-        backward_query_kernel[(tables.num_tiles * batch * heads,)](
+        tables = make_tables(masks, config.blocks, config.kind, device)
+        backward_query_kernel[(tables.num_tiles * batch * group_heads,)](
             query, key, value, output, grad_output, lse, given_lse, delta, grad_query, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad_output.stride()[:3],
             *grad_query.stride()[:3],
-            tables.num_tiles, heads, heads // key_heads, length, *mask_arguments(mask, tables),
+            tables.num_tiles, heads, group_heads, heads // key_heads, length, tables.num_diagonals,
             HAS_GRAD_LSE=grad_lse is not None, **constants(query, config, tables),
         )  # fmt: skip
 
     def launch_key(config: Config) -> None:
         tables = make_tables(reverse, config.blocks, config.kind, device)
-        backward_key_kernel[(tables.num_tiles * batch * key_heads,)](
+        backward_key_kernel[(tables.num_tiles * batch * group_owners,)](
             query, key, value, grad_output, lse, delta, grad_key, grad_value, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
             *grad_key.stride()[:3], *grad_value.stride()[:3],
-            tables.num_tiles, key_heads, heads // key_heads, length, *mask_arguments(reverse, tables),
-            **constants(query, config, tables, heads // key_heads),
+            tables.num_tiles, owners, group_owners, sharing, length, tables.num_diagonals,
+            GROUP=heads // owners, **constants(query, config, tables, heads // owners),
         )  # fmt: skip
 
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        # the query pass first: it writes the delta that the key pass reads
-        launch_query(query_config or choose("backward_query", mask, query, launch_query))
-        launch_key(key_config or choose("backward_key", reverse, query, launch_key))
+    if query.numel():
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            # the query pass first: it writes the delta that the key pass reads
+            of_group = query[:, :group_heads]
+            launch_query(query_config or choose("backward_query", widest(masks), of_group, launch_query))
+            launch_key(key_config or choose("backward_key", widest(reverse), of_group, launch_key))
+    if sharing > 1:
+        grad_key, grad_value = (
+            x.transpose(1, 2).unflatten(2, (key_heads, sharing)).sum(3).to(key.dtype).transpose(1, 2)
+            for x in (grad_key, grad_value)
+        )
     return grad_query, grad_key, grad_value

@@ -3,30 +3,26 @@
 A table gives, for an architecture, head dimension and precision, one or two block sizes. For head dimensions 64 and 128 in
 bfloat16 these compile without spilled registers and fit in shared memory, which `python -m kronmask.kernels.report` shows and a
 test holds; other head dimensions are filled up to a power of two, and some of their kernels spill. The cost model of `tiles` then
-picks among the options and the layouts for the mask at hand. The table rests on compiled code, not on timings; with
-KRONMASK_AUTOTUNE=1 its candidates are timed on the user's GPU, once for each mask and shape, and the fastest is kept on disk.
+picks among the options and the layouts for the mask at hand. The table rests on compiled code, not on timings: on a GPU its
+options are timed once for each mask and shape, and the fastest is kept on disk (see `kronmask.tuning`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
-from kronmask.kernels.tiles import KINDS, Blocks, choose_tiling
+from kronmask import tuning
+from kronmask.kernels.tiles import Blocks, choose_tiling
 from kronmask.mask import KronMask
 
-__all__ = ["PASSES", "Config", "Option", "architecture", "cache_file", "choose", "options", "tune"]
+__all__ = ["PASSES", "Config", "Option", "architecture", "choose", "options"]
 
 PASSES = ("forward", "backward_query", "backward_key")
 
@@ -107,13 +103,46 @@ def options(step: str, arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Op
 def choose(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object]) -> Config:
     """The configuration of a pass (one of PASSES) for the query's device.
 
-    `mask` is the transpose for "backward_key". `run` launches the kernel with a configuration; it is called only where
-    KRONMASK_AUTOTUNE=1 asks for timings on a GPU.
+    `mask` is the transpose for "backward_key". `run` launches the kernel with a configuration; it is called only where options
+    are timed, on a GPU (see `kronmask.tuning`).
     """
     arch = architecture(query.device)
-    if os.environ.get("KRONMASK_AUTOTUNE") == "1" and query.device.type != "cpu":
-        return _tuned(step, mask, query, run, arch)
-    return _estimated(step, mask, query.shape[3], query.dtype, arch)
+    case = (step, mask, query.shape, query.dtype, query.device)
+    config = _chosen.get(case)
+    if config is None:
+        config = _fastest(step, mask, query, run, arch)
+        if config is None and tuning.is_gpu(query.device) and tuning.is_busy(query):
+            return _estimated(step, mask, query.shape[3], query.dtype, arch)  # the next call may measure
+        if len(_chosen) >= REMEMBERED:
+            _chosen.clear()
+        _chosen[case] = config = config or _estimated(step, mask, query.shape[3], query.dtype, arch)
+    return config
+
+
+REMEMBERED = 1024  # cases in memory; a mask of many frames is large
+_chosen: dict[Hashable, Config] = {}
+
+
+def _fastest(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object], arch: str) -> Config | None:
+    """By time, of the options each in its best layout; None where nothing was timed or may be."""
+    entries = options(step, arch, query.shape[3], query.dtype)
+    if len(entries) == 1 or not tuning.is_gpu(query.device):
+        return None
+    candidates: dict[str, Config] = {}
+    for option in entries:
+        kind, blocks = choose_tiling(mask, (Blocks(option.rows, option.columns),))
+        config = Config(kind, blocks, option.num_warps, option.num_stages)
+        candidates[f"{kind} {blocks.rows}x{blocks.columns}, {config.num_warps} warps, {config.num_stages} stages"] = (
+            config
+        )
+    rule = hashlib.sha256(mask.rule.encode()).hexdigest()[:16]
+    sizes = f"{mask.query_frames}x{mask.key_frames} {mask.query_tokens}x{mask.key_tokens} {mask.prefix}"
+    key = f"kernel {step} {tuple(query.shape)} {query.dtype} | mask {rule} {sizes} | {tuning.environment(query.device)}"
+    name = tuning.recall(key, list(candidates))
+    if name is None and tuning.may_measure(query):
+        calls = {name: partial(run, config) for name, config in candidates.items()}
+        name = tuning.fastest(key, calls, query.device, level=logging.DEBUG)
+    return candidates[name] if name else None
 
 
 @lru_cache(maxsize=1024)
@@ -121,88 +150,3 @@ def _estimated(step: str, mask: KronMask, head_dim: int, dtype: torch.dtype, arc
     candidates = {Blocks(o.rows, o.columns): o for o in options(step, arch, head_dim, dtype)}
     kind, blocks = choose_tiling(mask, tuple(candidates))
     return Config(kind, blocks, candidates[blocks].num_warps, candidates[blocks].num_stages)
-
-
-# ---- tuning ---------------------------------------------------------------------------------------------------------
-
-
-def cache_file() -> Path:
-    """Where timings are kept: `kronmask/autotune.json` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronmask" / "autotune.json"
-
-
-_tuned_configs: dict[str, Config] = {}
-
-
-def _tuned(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object], arch: str) -> Config:
-    sizes = f"{mask.query_frames}x{mask.key_frames} {mask.query_tokens}x{mask.key_tokens} {mask.prefix}"
-    rule = hashlib.sha256(mask.rule.encode()).hexdigest()[:16]
-    versions = f"{torch.cuda.get_device_name(query.device)} | torch {torch.__version__} | triton {triton.__version__}"
-    key = f"{versions} | {step} {tuple(query.shape)} {query.dtype} | {rule} {sizes}"
-    if key not in _tuned_configs:
-        candidates = [
-            Config(kind, Blocks(o.rows, o.columns), o.num_warps, o.num_stages)
-            for o in options(step, arch, query.shape[3], query.dtype)
-            for kind in KINDS
-        ]
-        _tuned_configs[key] = tune(key, candidates, run, cache_file())
-    return _tuned_configs[key]
-
-
-def tune(
-    key: str,
-    candidates: Sequence[Config],
-    run: Callable[[Config], object],
-    path: Path,
-    measure: Callable[[Callable[[], object]], float] | None = None,
-) -> Config:
-    """The fastest candidate, from the file if it has one for this key, else by timing, and then kept in the file.
-
-    Args:
-        key: names all that the choice depends on: GPU, versions, pass, shape, mask.
-        run: launches the kernel with a candidate.
-        measure: milliseconds of a call; `triton.testing.do_bench` by default.
-
-    A damaged file is ignored with a warning, and replaced; so is an entry that is none of the candidates.
-    """
-    known = _read(path)
-    if key in known:
-        for candidate in candidates:
-            if json.loads(json.dumps(asdict(candidate))) == known[key]:
-                return candidate
-        warnings.warn(f"{path} has no candidate for {key!r}: {known[key]!r}; timing again", stacklevel=2)
-    measure = measure or triton.testing.do_bench
-    times = []
-    for candidate in candidates:
-        try:
-            times.append(measure(partial(run, candidate)))
-        except triton.runtime.errors.OutOfResources:
-            times.append(float("inf"))
-    best = candidates[min(range(len(times)), key=times.__getitem__)]
-    _write(path, {**_read(path, quiet=True), key: asdict(best)})
-    return best
-
-
-def _read(path: Path, quiet: bool = False) -> dict[str, object]:
-    try:
-        known = json.loads(path.read_text())
-        if not isinstance(known, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        if not quiet:
-            warnings.warn(f"ignoring the timings in {path}, which cannot be read ({error}); timing again", stacklevel=3)
-        return {}
-    return known
-
-
-def _write(path: Path, known: dict[str, object]) -> None:
-    """Replaces the file in one step, so that processes side by side never read half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(known, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"could not keep the timings in {path}: {error}", stacklevel=3)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "SUPPORTED", "block_dim", "empty", "is_interpreted", "precision", "unit_stride"]
+__all__ = ["LN2", "LOG2E", "SUPPORTED", "addressable", "block_dim", "empty", "is_interpreted", "precision"]
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -32,9 +32,10 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension is not contiguous (the kernels load whole rows)."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def addressable(tensor: Tensor) -> Tensor:
+    """The tensor `(B, H, L, D)`, copied if its last dimension is not contiguous or 32-bit offsets do not span a head."""
+    contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if contiguous and tensor.shape[2] * tensor.stride(2) < 2**31 else tensor.contiguous()
 
 
 def is_interpreted(kernel: object) -> bool:
@@ -65,9 +66,9 @@ def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, row_stride, allowed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """`(rows, BLOCK_D)`; zeros beyond HEAD_DIM and, if MASKED, in rows that are not allowed."""
+    """`(rows, BLOCK_D)`; zeros beyond HEAD_DIM and, if MASKED, in rows that are not allowed. Offsets fit in 32 bits."""
     dims = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
+    pointers = base + (rows * row_stride)[:, None] + dims[None, :]
     if MASKED:
         if HEAD_DIM == BLOCK_D:
             return tl.load(pointers, mask=allowed[:, None], other=0.0)
@@ -89,14 +90,18 @@ def store_rows(
 
 
 @triton.jit
-def tile_rows(rows_table, tile, prefix, tokens, num_frames, BLOCK_M: tl.constexpr):
-    """Rows of a tile `(BLOCK_M)`: which (0 where there is none), whether there is one, key list, position in the frame."""
+def batch_and_head(extent, num_tiles, group_heads):
+    """Which batch and head a program has: its tile says the group of heads."""
+    rest = tl.program_id(0) // num_tiles
+    head = tl.load(extent + 9) * group_heads + rest % group_heads
+    return (rest // group_heads).to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
+def tile_rows(rows_table, tile, BLOCK_M: tl.constexpr):
+    """Rows of a tile `(BLOCK_M)`: which (0 where there is none), and whether there is one."""
     rows = tl.load(rows_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-    exists = rows >= 0
-    rows = tl.maximum(rows, 0)
-    in_frames = tl.maximum(rows - prefix, 0)
-    lists = tl.where(rows < prefix, num_frames, in_frames // tokens)
-    return rows, exists, lists, in_frames % tokens
+    return tl.maximum(rows, 0), rows >= 0
 
 
 @triton.jit
@@ -115,47 +120,25 @@ def load_block(base, first, row_stride, BLOCK_N: tl.constexpr, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def gather_block(
-    keys_table, block, seen_start, seen_hole, seen_resume, seen_stop, whole, TESTED: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """A block of gathered rows of the other sequence: which, whether there is one, and which of them each row of the tile sees.
-
-    Blocks before `whole` are seen by all rows, the others within each row's intervals.
-    """
-    others = tl.load(keys_table + block * BLOCK_N + tl.arange(0, BLOCK_N))
-    valid = others >= 0
-    others = tl.maximum(others, 0)
-    allowed = valid[None, :]
-    if TESTED:
-        inside = within_intervals(others, seen_start, seen_hole, seen_resume, seen_stop)
-        allowed = allowed & (inside | (block < whole))
-    return others, valid, allowed
+def gather_block(keys_table, block, BLOCK_N: tl.constexpr):
+    """The rows of the other sequence `(BLOCK_N)` in a gathered block. What fills up a block repeats its last row."""
+    return tl.load(keys_table + block * BLOCK_N + tl.arange(0, BLOCK_N))
 
 
 @triton.jit
-def diagonal_rows(diagonals, index, num_diagonals, lists, positions, exists, num_frames):
+def seen_bits(bits_table, first, num_classes, classes, BLOCK_N: tl.constexpr):
+    """`(BLOCK_M, BLOCK_N)`: which rows of a gathered block each row of the tile sees, by the words of its class."""
+    columns = tl.arange(0, BLOCK_N)
+    pointers = bits_table + first + classes
+    words = tl.load(pointers)[:, None]
+    for part in tl.static_range(1, BLOCK_N // 32):  # 32 columns have one word; which one is known when compiling
+        words = tl.where((columns >= 32 * part)[None, :], tl.load(pointers + part * num_classes)[:, None], words)
+    return (words & (1 << (columns & 31))[None, :]) != 0
+
+
+@triton.jit
+def diagonal_rows(diagonals, lists_table, tile, index, num_diagonals, rows, exists, BLOCK_M: tl.constexpr):
     """Rows `(BLOCK_M)` of the other sequence that lie at the tile's own positions, 0 where there is none; and where there is."""
-    first = tl.load(diagonals + lists * num_diagonals + index, mask=exists & (lists < num_frames), other=-1)
-    return tl.where(first >= 0, first + positions, 0), first >= 0
-
-
-@triton.jit
-def load_intervals(intervals, lists):
-    """Start, hole start, hole stop and stop of what each row of a tile sees, each `(BLOCK_M)`."""
-    base = intervals + lists * 4
-    return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 3)
-
-
-@triton.jit
-def within_intervals(keys, start, hole, resume, stop):
-    """`(BLOCK_M, BLOCK_N)`: which of the keys each row sees."""
-    keys = keys[None, :]
-    seen = (keys >= start[:, None]) & (keys < stop[:, None])
-    return seen & ((keys < hole[:, None]) | (keys >= resume[:, None]))
-
-
-@triton.jit
-def pattern_bits(patterns, pattern, positions, columns, exists, valid, tokens, other_tokens):
-    """`(BLOCK_M, BLOCK_N)`: the bits of an explicit `(Nq, Nk)` pattern at the rows' positions and the columns'."""
-    offsets = (pattern * tokens + positions[:, None]) * other_tokens + (columns % other_tokens)[None, :]
-    return tl.load(patterns + offsets, mask=exists[:, None] & valid[None, :], other=0) != 0
+    lists = tl.load(lists_table + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    partners = rows + tl.load(diagonals + lists * num_diagonals + index)
+    return tl.maximum(partners, 0), exists & (partners >= 0)

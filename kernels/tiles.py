@@ -4,9 +4,10 @@ Rows of one query frame see the same keys, so a mask is one key list for each qu
 that are seen whole, diagonals (own position in another or the own frame), and explicit patterns. The whole blocks of two ranges
 are one loop over a *virtual row with a hole*: column `c` is key `start + c + hole * (c >= hole_at)`, where length and hole_at are
 multiples of the block, so the hot loop masks nothing and knows of the hole by one scalar. What the blocks leave over of all
-ranges is packed into blocks of gathered keys, one or two a tile. A tile whose rows have different key lists gathers what only
-some of them see and tests it row by row against intervals; only explicit patterns read bits. Three layouts of rows compete, by a
-static cost model:
+ranges is packed into blocks of gathered keys, one or two a tile: edges, which all rows of the tile see. A tile whose rows see
+different keys gathers those that only some of them see and tests them, by one bit for each class of rows that see the same. Rows
+that see through an explicit pattern go by position, equal positions of all frames with equal key lists together, so that a tile
+visits the few keys that its positions see. For the other rows three layouts compete, by a static cost model:
 
 - `token`: consecutive rows, whatever frames they lie in; rows with equal key lists are brought together first.
 - `frame`: tiles never cross a frame; the last tile of each frame is partly empty.
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from kronmask.mask import FIRST_PATTERN, FULL, IDENTITY, KronMask
 
 __all__ = [
     "KINDS",
+    "LOOPS",
     "Blocks",
     "KeyList",
     "Run",
@@ -43,15 +46,23 @@ __all__ = [
 ]
 
 KINDS = ("token", "frame", "packed")
+LOOPS = (
+    "whole",
+    "edges",
+    "partial",
+    "tested",
+)  # the loops over blocks of keys, in the order in which every kernel has them
 Range = tuple[int, int]  # [start, stop) of key rows
+RowClass = tuple[int, int]  # a key list, and the position in the frame where it has patterns, else -1
+Partial = tuple[int, int, tuple[int, ...]]  # first key row, keys, and the key lists that see them
 
 # The cost model, in units of one query row by one key column of matrix product.
-ROW_OVERHEAD = (
-    6  # loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
-)
+# loading a key and value column costs as much as this many rows of products, so taller tiles are cheaper
+ROW_OVERHEAD = 6
 TILE_OVERHEAD = 32  # columns' worth of work to load a tile's queries and store its output
-TESTED_WEIGHT = 1.15  # of a column whose visibility is tested row by row
-PATTERN_WEIGHT = 1.5  # of a column whose bits are read
+# Of a column in each of LOOPS: cycles of the compiled forward relative to whole blocks (sm_90, head dimension 64); in the
+# backward passes and on sm_80 the matrix products hide most of what is more.
+WEIGHTS = (1.0, 1.05, 1.02, 1.25)
 DIAGONAL_COLUMNS = 4  # columns' worth of work of one row-wise product
 
 
@@ -77,19 +88,6 @@ class KeyList:
     diagonals: tuple[int, ...] = ()
     patterns: tuple[tuple[int, int, int], ...] = ()
 
-    @property
-    def is_simple(self) -> bool:
-        """Whether a few integers say which keys a row sees, so that it may share a tile with other frames' rows."""
-        return not self.patterns and len(self.ranges) <= 2
-
-    @property
-    def intervals(self) -> tuple[int, int, int, int]:
-        """`(start, hole start, hole stop, stop)`: the ranges of a simple list as one range with a hole."""
-        if not self.ranges:
-            return (0, 0, 0, 0)
-        (start, middle), (resume, stop) = self.ranges[0], self.ranges[-1]
-        return (start, middle, resume, stop) if len(self.ranges) == 2 else (start, stop, stop, stop)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -107,23 +105,31 @@ class Tile:
 
     Attributes:
         rows: runs of rows of the sequence, `(first, count)`.
+        classes: the class of each run of rows; rows of one class see the same keys, diagonals apart.
         runs: whole blocks of keys that all of its rows see.
         edges: ranges of the other keys that all of its rows see; gathered into blocks.
-        tested: ranges of keys of which each row sees its own intervals; gathered into blocks.
-        patterns: `(palette index, first key row, columns)` of what is read through an explicit pattern.
+        partial: whole blocks of keys of which each row sees all or nothing, `(first, keys, the key lists that see them)`.
+        tested: ranges of the other keys that some of its rows see; gathered into blocks.
     """
 
     rows: tuple[Range, ...]
+    classes: tuple[RowClass, ...]
     runs: tuple[Run, ...]
     edges: tuple[Range, ...]
+    partial: tuple[Partial, ...]
     tested: tuple[Range, ...]
-    patterns: tuple[tuple[int, int, int], ...]
+
+    @property
+    def keys(self) -> Keys:
+        return self.runs, self.edges, self.partial, self.tested
+
+    def visits_by_loop(self, columns: int) -> dict[str, int]:
+        """Number of blocks of that many columns that each loop of a kernel computes."""
+        return dict(zip(LOOPS, _visits(self.keys, columns), strict=True))
 
     def visits(self, columns: int) -> int:
         """Number of blocks of that many columns that are computed."""
-        whole = sum(run.length for run in self.runs) // columns
-        gathered = -(-_total(self.edges) // columns) - (-_total(self.tested) // columns)
-        return whole + gathered + sum(-(-length // columns) for _, _, length in self.patterns)
+        return sum(_visits(self.keys, columns))
 
 
 @dataclass(frozen=True)
@@ -184,52 +190,53 @@ def transposed(mask: KronMask) -> KronMask:
 
 # ---- layouts of rows ------------------------------------------------------------------------------------------------
 
-Layout = list[tuple[tuple[Range, ...], tuple[int, ...]]]  # for each tile its runs of rows and its key lists
+Layout = list[tuple[tuple[Range, ...], tuple[RowClass, ...]]]  # for each tile its runs of rows and their classes
 
 
 @lru_cache(maxsize=1024)
 def _layout(mask: KronMask, rows: int, kind: str) -> Layout:
-    """Tiles of at most `rows` rows. Rows share a tile if their key lists are equal, or simple."""
-    lists = key_lists(mask)
-    first_like: dict[tuple, int] = {}
-    order = sorted(
-        range(len(lists)), key=lambda i: first_like.setdefault((lists[i].ranges, lists[i].patterns), len(first_like))
-    )
-    spans = []  # (key list, first row, rows), in the order in which tiles are filled
+    """Tiles of at most `rows` rows."""
+    lists, size = key_lists(mask), mask.query_tokens
+    alike: dict[tuple, list[int]] = {}
+    for i, keys in enumerate(lists):
+        alike.setdefault((keys.ranges, keys.patterns), []).append(i)
+    spans = []  # (class, first row, rows), in the order in which tiles are filled
     tiles: Layout = []
-    for i in order:
-        first, count = (
-            (mask.prefix + i * mask.query_tokens, mask.query_tokens) if i < len(mask.codes) else (0, mask.prefix)
-        )
-        whole = count // rows * rows if kind == "packed" else 0
-        tiles += [(((first + start, rows),), (i,)) for start in range(0, whole, rows)]
-        if count > whole:
-            spans.append((i, first + whole, count - whole))
+    for members in alike.values():
+        if lists[members[0]].patterns:
+            tiles += _by_position(mask, members, rows)
+            continue
+        for i in members:
+            first, count = (mask.prefix + i * size, size) if i < len(mask.codes) else (0, mask.prefix)
+            whole = count // rows * rows if kind == "packed" else 0
+            tiles += [(((first + start, rows),), ((members[0], -1),)) for start in range(0, whole, rows)]
+            if count > whole:
+                spans.append(((members[0], -1), first + whole, count - whole))
 
-    pending: list[tuple[int, int]] = []
-    members: list[int] = []
+    pending: list[Range] = []
+    classes: list[RowClass] = []
     room = rows
 
     def close() -> None:
         nonlocal room
         if pending:
-            tiles.append((tuple(pending), tuple(members)))
+            tiles.append((tuple(pending), tuple(classes)))
         pending.clear()
-        members.clear()
+        classes.clear()
         room = rows
 
-    for i, first, count in spans:
-        if members and (kind == "frame" or not _compatible(lists[members[-1]], lists[i])):
+    for row_class, first, count in spans:
+        if kind == "frame" and classes and classes[-1] != row_class:
             close()
         while count:
             if room == rows and count >= rows:
                 whole = count // rows * rows
-                tiles += [(((first + start, rows),), (i,)) for start in range(0, whole, rows)]
+                tiles += [(((first + start, rows),), (row_class,)) for start in range(0, whole, rows)]
                 first, count = first + whole, count - whole
                 continue
             taken = min(room, count)
             pending.append((first, taken))
-            members.append(i)
+            classes.append(row_class)
             first, count, room = first + taken, count - taken, room - taken
             if not room:
                 close()
@@ -237,29 +244,91 @@ def _layout(mask: KronMask, rows: int, kind: str) -> Layout:
     return tiles
 
 
-def _compatible(a: KeyList, b: KeyList) -> bool:
-    return (a.is_simple and b.is_simple) or (a.ranges, a.patterns) == (b.ranges, b.patterns)
+def _by_position(mask: KronMask, members: Sequence[int], rows: int) -> Layout:
+    """Tiles of the rows of frames with equal key lists that have patterns: position 0 of all these frames, position 1, ..."""
+    every = [
+        (mask.prefix + i * mask.query_tokens + position, position)
+        for position in range(mask.query_tokens)
+        for i in members
+    ]
+    pieces = (every[start : start + rows] for start in range(0, len(every), rows))
+    return [
+        (tuple((row, 1) for row, _ in piece), tuple((members[0], position) for _, position in piece))
+        for piece in pieces
+    ]
 
 
 # ---- keys of a tile -------------------------------------------------------------------------------------------------
 
-
-def _keys(lists: Sequence[KeyList], columns: int) -> tuple:
-    """The runs, edges, tested ranges and patterns of a tile with rows of these key lists."""
-    if _is_pure(lists):
-        blocks, edges = _split(lists[0].ranges, columns)
-        return _holed(blocks), tuple(edges), (), lists[0].patterns
-    common: Sequence[Range] = lists[0].ranges
-    for other in lists[1:]:
-        common = _intersection(common, other.ranges)
-    blocks, _ = _split(common, columns)
-    return _holed(blocks), (), tuple(_without(_union(lists), blocks)), ()
+Keys = tuple[
+    tuple[Run, ...], tuple[Range, ...], tuple[Partial, ...], tuple[Range, ...]
+]  # of a tile, in the order of LOOPS
 
 
-def _is_pure(lists: Sequence[KeyList]) -> bool:
-    """Whether all rows of a tile see the same keys, diagonals apart (each row has its own)."""
-    first = lists[0]
-    return all(keys.ranges == first.ranges and keys.patterns == first.patterns for keys in lists[1:])
+def _keys(mask: KronMask, classes: Sequence[RowClass], columns: int) -> Keys:
+    """What a tile visits whose rows are of these classes."""
+    every = key_lists(mask)
+    members = list(dict.fromkeys(i for i, _ in classes))
+    if len(members) == 1 and not every[members[0]].patterns:
+        blocks, edges = _split(every[members[0]].ranges, columns)
+        return _holed(blocks), tuple(edges), (), ()
+    common, partial, rest = [], [], []
+    for start, stop, seen_by in _pieces({i: every[i].ranges for i in members}):
+        middle = start + (stop - start) // columns * columns
+        if len(seen_by) == len(members):
+            common.append((start, middle))
+        elif start < middle:
+            partial.append((start, middle - start, seen_by))
+        rest.append((middle, stop))
+    if every[members[0]].patterns:  # then there is one list
+        seen = torch.stack([_seen(mask, row_class) for row_class in dict.fromkeys(classes)]).any(0)
+        for start, stop in common:
+            seen[start:stop] = False
+        rest = _ranges(seen)
+    runs = _holed([piece for piece in common if piece[0] < piece[1]])
+    left = tuple(piece for piece in rest if piece[0] < piece[1])
+    return (runs, left, (), ()) if len(set(classes)) == 1 else (runs, (), tuple(partial), left)
+
+
+def _pieces(lists: dict[int, tuple[Range, ...]]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """The keys that any of the lists has, cut wherever one of them begins or ends: `(start, stop, the lists that have it)`."""
+    bounds: dict[int, tuple[set[int], set[int]]] = {}  # which lists begin and end at a key
+    for i, ranges in lists.items():
+        for start, stop in ranges:
+            bounds.setdefault(start, (set(), set()))[0].add(i)
+            bounds.setdefault(stop, (set(), set()))[1].add(i)
+    pieces, inside = [], set()
+    cuts = sorted(bounds)
+    for start, stop in pairwise(cuts):
+        begin, end = bounds[start]
+        inside = (inside - end) | begin
+        if inside:
+            pieces.append((start, stop, tuple(sorted(inside))))
+    return pieces
+
+
+def _seen(mask: KronMask, row_class: RowClass) -> Tensor:
+    """Which keys the rows of a class see, diagonals apart; boolean `(Lk)`."""
+    number, position = row_class
+    keys = key_lists(mask)[number]
+    seen = torch.zeros(mask.shape[1], dtype=torch.bool)
+    for start, stop in keys.ranges:
+        seen[start:stop] = True
+    for pattern, start, length in keys.patterns:
+        row = _factor(mask, FIRST_PATTERN + pattern)[position]
+        seen[start : start + length] = row.repeat(length // mask.key_tokens)
+    return seen
+
+
+@lru_cache(maxsize=64)
+def _factor(mask: KronMask, code: int) -> Tensor:
+    return mask.factor(code)
+
+
+def _ranges(seen: Tensor) -> list[Range]:
+    """Where a boolean vector is true."""
+    steps = torch.nn.functional.pad(seen.int(), (1, 1)).diff()
+    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
 
 
 def _split(ranges: Iterable[Range], columns: int) -> tuple[list[Range], list[Range]]:
@@ -274,35 +343,6 @@ def _split(ranges: Iterable[Range], columns: int) -> tuple[list[Range], list[Ran
     return blocks, rest
 
 
-def _union(lists: Iterable[KeyList]) -> list[Range]:
-    merged: list[Range] = []
-    for start, stop in sorted(key_range for keys in lists for key_range in keys.ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _intersection(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
-    spans = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
-    return sorted(span for span in spans if span[0] < span[1])
-
-
-def _without(ranges: Sequence[Range], holes: Sequence[Range]) -> list[Range]:
-    """What of the ranges is in none of the holes; both ascending, each hole within one range."""
-    rest = []
-    for start, stop in ranges:
-        for first, last in holes:
-            if start <= first < stop:
-                if start < first:
-                    rest.append((start, first))
-                start = last
-        if start < stop:
-            rest.append((start, stop))
-    return rest
-
-
 def _holed(ranges: Sequence[Range]) -> tuple[Run, ...]:
     """Ranges of whole blocks, two at a time, as runs with a hole."""
     runs = []
@@ -314,28 +354,29 @@ def _holed(ranges: Sequence[Range]) -> tuple[Run, ...]:
 
 
 def _total(ranges: Iterable[Range]) -> int:
-    return sum(stop - start for start, stop in ranges)
+    return sum([stop - start for start, stop in ranges])
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
+def _visits(keys: Keys, columns: int) -> list[int]:
+    """Numbers of blocks that each of LOOPS computes."""
+    runs, edges, partial, tested = keys
+    whole, some = sum([run.length for run in runs]), sum([length for _, length, _ in partial])
+    return [-(-number // columns) for number in (whole, _total(edges), some, _total(tested))]
+
+
 def _cost(mask: KronMask, blocks: Blocks, kind: str, known: dict[tuple, float]) -> float:
     """Estimated work of a tiling, without building it; `known` holds that of tiles that other layouts have too."""
-    every = key_lists(mask)
+    overhead = TILE_OVERHEAD + DIAGONAL_COLUMNS * max([len(keys.diagonals) for keys in key_lists(mask)])
     total = 0.0
-    for members, count in Counter(members for _, members in _layout(mask, blocks.rows, kind)).items():
-        key = (members, blocks.columns)
+    for classes, count in Counter([classes for _, classes in _layout(mask, blocks.rows, kind)]).items():
+        key = (classes, blocks.columns)
         if key not in known:
-            lists = [every[i] for i in members]
-            weight = 1.0 if _is_pure(lists) else TESTED_WEIGHT
-            ranges = _union(lists) if len(lists) > 1 else lists[0].ranges
-            seen = weight * (-(-_total(ranges) // blocks.columns))
-            seen += PATTERN_WEIGHT * sum(-(-length // blocks.columns) for _, _, length in lists[0].patterns)
-            seen *= blocks.columns
-            seen += DIAGONAL_COLUMNS * max(len(keys.diagonals) for keys in lists)
-            known[key] = seen + TILE_OVERHEAD
-        total += count * known[key]
+            visits = _visits(_keys(mask, classes, blocks.columns), blocks.columns)
+            known[key] = blocks.columns * sum([w * n for w, n in zip(WEIGHTS, visits, strict=True)])
+        total += count * (known[key] + overhead)
     return total * (blocks.rows + ROW_OVERHEAD)
 
 
@@ -350,55 +391,69 @@ def choose_tiling(mask: KronMask, candidates: tuple[Blocks, ...]) -> tuple[str, 
 @lru_cache(maxsize=256)
 def make_tiling(mask: KronMask, blocks: Blocks, kind: str) -> Tiling:
     """The tiles of a mask under one layout; they cover each query row once and each allowed pair once."""
-    lists, layout = key_lists(mask), _layout(mask, blocks.rows, kind)
-    keys = {members: _keys([lists[i] for i in members], blocks.columns) for members in {m for _, m in layout}}
-    tiles = [Tile(rows, *keys[members]) for rows, members in layout]
+    layout = _layout(mask, blocks.rows, kind)
+    keys = {classes: _keys(mask, classes, blocks.columns) for classes in {classes for _, classes in layout}}
+    tiles = [Tile(rows, classes, *keys[classes]) for rows, classes in layout]
     tiles.sort(key=lambda tile: -tile.visits(blocks.columns))
     return Tiling(kind, blocks, tuple(tiles))
 
 
 # ---- tables for a kernel --------------------------------------------------------------------------------------------
 
+ABSENT = -(1 << 30)  # farther behind than any row is
+
 
 @dataclass(frozen=True)
 class TileTables:
-    """A tiling as the small tables that a kernel reads; int32, on the device.
+    """The tilings of one or several masks as the small tables that a kernel reads; int32, on the device.
 
     Attributes:
         rows: `(tiles * BM)`, the row of the sequence, or -1.
-        tiles: `(tiles * 7)`: where the tile's runs begin and end; where its blocks of gathered keys begin, those begin that are
-            tested, and end; where its patterns begin and end.
-        runs: `(runs * 4)`: start, length, hole_at, hole.
-        keys: `(gathered blocks * BN)`, the key row, or -1.
-        intervals: `(lists * 4)`: start, hole start, hole stop and stop of what the rows of a key list see.
-        diagonals: `(lists * num_diagonals)`: first key row of each diagonal's frame, or -1.
-        pattern_runs: `(pattern runs * 3)`: palette index, first key row, columns.
-        patterns: `(palette, Nq, Nk)` uint8.
-        tested, read_patterns: whether any tile needs that code.
+        lists: `(tiles * BM)`, the row's key list, of those of all masks.
+        classes: `(tiles * BM)`, the row's class in its tile.
+        tiles: `(tiles * 10)`: where the tile's runs of whole blocks begin and end, where its partial ones begin; the block at
+            which its edges begin, and how many keys they are; where its partial runs end; where its tested blocks begin and end;
+            where their bits begin, and how many classes the tile has; the tile's mask, which is its group of heads.
+        runs: `(runs * 4)`: start, length, hole_at, hole; of a partial one start, length and where its bits begin: a word for each
+            class of the tile, which is 1 if its rows see the run, and 0 if not.
+        keys: `(gathered blocks * BN)`, the key row; what fills up a block repeats the last one.
+        bits: for each tested block, each 32 of its columns and each class of its tile one word: bit `c` says whether rows of
+            that class see column `c`.
+        diagonals: `(lists * num_diagonals)`: how far behind a row its own position in each diagonal's frame lies, or ABSENT.
+        tested: whether any tile has partial or tested blocks.
     """
 
     blocks: Blocks
     num_tiles: int
     num_diagonals: int
     tested: bool
-    read_patterns: bool
     rows: Tensor
+    lists: Tensor
+    classes: Tensor
     tiles: Tensor
     runs: Tensor
     keys: Tensor
-    intervals: Tensor
+    bits: Tensor
     diagonals: Tensor
-    pattern_runs: Tensor
-    patterns: Tensor
 
 
 @lru_cache(maxsize=256)
-def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device) -> TileTables:
-    """The tables of a mask under one layout, made once for each device: O(L) ints and the explicit patterns, nothing else."""
-    tiling = make_tiling(mask, blocks, kind)
-    rows, tiles, runs, gathered, pattern_runs = (array("i") for _ in range(5))
-    counting = _counting(max(mask.shape))
+def make_tables(masks: tuple[KronMask, ...], blocks: Blocks, kind: str, device: torch.device) -> TileTables:
+    """The tables of a mask, or of one for each group of heads, made once for each device.
+
+    They are O(L) ints and the bits of what is tested. Several masks have as many query tokens and one prefix. `kind` is the
+    layout of a mask alone; several have the best of each.
+    """
+    kinds = [kind] if len(masks) == 1 else [choose_tiling(mask, (blocks,))[0] for mask in masks]
+    tiles_of = [make_tiling(mask, blocks, layout).tiles for mask, layout in zip(masks, kinds, strict=True)]
+    every = [(group, tile) for group, tiles in enumerate(tiles_of) for tile in tiles]
+    if len(masks) > 1:
+        every.sort(key=lambda pair: -pair[1].visits(blocks.columns))
+    rows, row_lists, row_classes, tiles, runs, gathered, bits = (array("i") for _ in range(7))
+    counting = _counting(max(masks[0].shape))
     gathered_at: dict[tuple[Range, ...], tuple[int, int]] = {}
+    bits_at: dict[bytes, int] = {}
+    words_at: dict[tuple, int] = {}
 
     def gather(ranges: tuple[Range, ...]) -> tuple[int, int]:
         """The blocks of gathered keys, `[first, last)`, which tiles with equal keys share."""
@@ -406,53 +461,81 @@ def make_tables(mask: KronMask, blocks: Blocks, kind: str, device: torch.device)
             first = len(gathered) // blocks.columns
             for start, stop in ranges:
                 gathered.extend(counting[start:stop])
-            gathered.extend([-1] * (-len(gathered) % blocks.columns))
+            gathered.extend(gathered[-1:] * (-len(gathered) % blocks.columns))
             gathered_at[ranges] = (first, len(gathered) // blocks.columns)
         return gathered_at[ranges]
 
-    for tile in tiling.tiles:
+    def place(content: bytes) -> int:
+        """Where words stand among the bits; equal ones stand there once."""
+        first = bits_at.setdefault(content, len(bits))
+        if first == len(bits):
+            bits.frombytes(content)
+        return first
+
+    number = max([len(keys.diagonals) for mask in masks for keys in key_lists(mask)])
+    diagonals = array("i")
+    first_list = []  # of each mask
+    for mask in masks:
+        first_list.append(len(diagonals) // max(number, 1))
+        for i, keys in enumerate(key_lists(mask)):
+            first = mask.prefix + i * mask.query_tokens
+            diagonals.extend([start - first for start in keys.diagonals] + [ABSENT] * (number - len(keys.diagonals)))
+    for group, tile in every:
         for first, count in tile.rows:
             rows.extend(counting[first : first + count])
-        if missing := -len(rows) % blocks.rows:
-            rows.extend([-1] * missing)
-        run, pattern = len(runs) // 4, len(pattern_runs) // 3
+        rows.extend([-1] * (-len(rows) % blocks.rows))
+        classes = tuple(dict.fromkeys(tile.classes))
+        if len(classes) > 1:
+            for (_, count), row_class in zip(tile.rows, tile.classes, strict=True):
+                row_classes.extend([classes.index(row_class)] * count)
+        row_classes.extend([0] * (len(rows) - len(row_classes)))
+        row_lists.extend([first_list[group]] * blocks.rows)
+        run = len(runs) // 4
         for r in tile.runs:
             runs.extend((r.start, r.length, r.hole_at, r.hole))
-        for values in tile.patterns:
-            pattern_runs.extend(values)
-        first, last = gather(tile.edges or tile.tested)
-        whole = first if tile.tested else last
-        tiles.extend((run, run + len(tile.runs), first, whole, last, pattern, pattern + len(tile.patterns)))
-    lists = key_lists(mask)
-    number = max(len(keys.diagonals) for keys in lists)
-    diagonals = array("i")
-    for keys in lists:
-        diagonals.extend(keys.diagonals)
-        diagonals.extend([-1] * (number - len(keys.diagonals)))
-    intervals = array("i", [bound for keys in lists for bound in keys.intervals])
-    palette = [mask.factor(FIRST_PATTERN + i) for i in range(len(mask.palette))]
-    patterns = torch.stack(palette).to(torch.uint8) if palette else torch.zeros(1, 1, 1, dtype=torch.uint8)
+        for start, length, seen_by in tile.partial:
+            words = array("i", [i in seen_by for i, _ in classes])
+            runs.extend((start, length, place(words.tobytes()), 0))
+        first_edge, _ = gather(tile.edges)
+        first, last = gather(tile.tested)
+        if tile.tested and (group, classes, tile.tested) not in words_at:
+            words_at[group, classes, tile.tested] = place(_bits(masks[group], classes, tile.tested, blocks.columns))
+        word = words_at.get((group, classes, tile.tested), 0)
+        partial, end = run + len(tile.runs), len(runs) // 4
+        tiles.extend((run, partial, first_edge, _total(tile.edges), end, first, last, word, len(classes), group))
 
     def table(values: array) -> Tensor:
         if not values:  # a pointer to nothing is no argument
             return torch.zeros(1, dtype=torch.int32, device=device)
         return torch.frombuffer(values, dtype=torch.int32).clone().to(device)
 
+    of_rows = table(rows)
+    in_frames = of_rows.clamp(min=0) - masks[0].prefix
+    of_mask = in_frames.div(masks[0].query_tokens, rounding_mode="floor").where(in_frames >= 0, masks[0].query_frames)
     return TileTables(
         blocks=blocks,
-        num_tiles=len(tiling.tiles),
+        num_tiles=len(every),
         num_diagonals=number,
-        tested=any(tile.tested for tile in tiling.tiles),
-        read_patterns=any(tile.patterns for tile in tiling.tiles),
-        rows=table(rows),
+        tested=any(tile.partial or tile.tested for _, tile in every),
+        rows=of_rows,
+        lists=(table(row_lists) + of_mask).int(),
+        classes=table(row_classes),
         tiles=table(tiles),
         runs=table(runs),
         keys=table(gathered),
-        intervals=table(intervals),
+        bits=table(bits),
         diagonals=table(diagonals),
-        pattern_runs=table(pattern_runs),
-        patterns=patterns.to(device),
     )
+
+
+def _bits(mask: KronMask, classes: Sequence[RowClass], ranges: Sequence[Range], columns: int) -> bytes:
+    """The words of a tile's tested blocks: `(blocks, words of a block, classes)` int32."""
+    seen = torch.stack([_seen(mask, row_class) for row_class in classes])
+    seen = torch.cat([seen[:, start:stop] for start, stop in ranges], 1)
+    seen = torch.nn.functional.pad(seen, (0, -seen.shape[1] % columns)).unflatten(1, (-1, columns))
+    seen = torch.nn.functional.pad(seen, (0, -columns % 32)).unflatten(2, (-1, 32))  # (classes, blocks, words, 32)
+    values = (seen * (1 << torch.arange(32))).sum(-1) - (seen[..., 31].long() << 32)
+    return values.int().permute(1, 2, 0).numpy().tobytes()
 
 
 @lru_cache(maxsize=8)

@@ -1,13 +1,15 @@
 """The operator: attention under a Kronecker mask, as the `torch.library` op `kronmask::attention`.
 
 Data flows one way: mask -> plan -> backend -> output. The op takes the mask as its rule (text) and sizes (ints, symbolic when
-traced), so it is opaque to `torch.compile` and `torch.export` and a graph holds for clips of any length.
+traced), so it is opaque to `torch.compile` and `torch.export` and a graph holds for clips of any length. Several rules in one
+text, those of masks of one size, are a mask for each group of heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kronmask import backends
+from kronmask.backends import groups
 from kronmask.mask import KronMask
 
-__all__ = ["attention_backend", "head_groups", "kron_attention", "rule_attention"]
+__all__ = ["attention_backend", "join_rules", "kron_attention", "rule_attention", "split_rules"]
 
 _forced: str | None = None
 
@@ -70,7 +73,9 @@ def kron_attention(
             own mask.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
-            "flex" (FlexAttention), "dense" (the plain reference), or "auto".
+            "flex" (FlexAttention), "flex-flash" (the same on FlashAttention-4), "dense" (the plain reference), or "auto": on the
+            CPU "sdpa"; on a GPU the fastest of the first four for this mask, shape and pass, measured at the first call and kept
+            on disk (see `kronmask.tuning`), or "sdpa" where measuring is off (KRONMASK_AUTOTUNE=0) or impossible.
         return_lse: also return the log-sum-exp of each query's scores.
 
     Returns:
@@ -84,19 +89,34 @@ def kron_attention(
 
     There is no second derivative and no forward-mode or `vmap` rule. Masks are best built outside of a compiled region.
     """
-    if not isinstance(mask, KronMask):
-        outputs, lses = zip(*_attend_in_groups(query, key, value, mask, scale, backend), strict=True)
-        output, lse = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (outputs, lses))
+    if isinstance(mask, KronMask):
+        output, lse = _attend(query, key, value, mask.rule, *_sizes(mask), scale, backend)
         return (output, lse) if return_lse else output
-    frames, tokens = (mask.query_frames, mask.key_frames), (mask.query_tokens, mask.key_tokens)
-    output, lse = _attend(query, key, value, mask.rule, frames, tokens, mask.prefix, scale, backend)
+    several = _checked(mask)
+    if all(_sizes(mask) == _sizes(several[0]) for mask in several):
+        rule = join_rules([mask.rule for mask in several])
+        output, lse = _attend(query, key, value, rule, *_sizes(several[0]), scale, backend)
+    else:  # of one shape, but of other frames: a call for each
+        _check_tensors(query, key, value)
+        results = [
+            kron_attention(*parts, mask, scale=scale, backend=backend, return_lse=True)
+            for mask, parts in zip(several, groups.head_groups(query, key, value, len(several)), strict=True)
+        ]
+        output, lse = (torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
     return (output, lse) if return_lse else output
 
 
-def _attend_in_groups(
-    query: Tensor, key: Tensor, value: Tensor, masks: Any, scale: float | None, backend: str
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _sizes(mask: KronMask) -> tuple[tuple[int, int], tuple[int, int], int]:
+    return (mask.query_frames, mask.key_frames), (mask.query_tokens, mask.key_tokens), mask.prefix
+
+
+def _checked(masks: Any) -> list[KronMask]:
+    """The masks of groups of heads."""
     several = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    if not several:
+        raise ValueError(
+            "mask is an empty list, and heads do not divide into 0 equal groups; name a mask for each group"
+        )
     for mask in several:
         if not isinstance(mask, KronMask):
             raise TypeError(
@@ -104,28 +124,21 @@ def _attend_in_groups(
             )
         if mask.shape != several[0].shape:
             raise ValueError(f"the masks of groups of heads must have one shape, not {several[0]!s} and {mask!s}")
-    _check_tensors(query, key, value)
-    for mask, parts in zip(several, head_groups(query, key, value, len(several)), strict=True):
-        yield kron_attention(*parts, mask, scale=scale, backend=backend, return_lse=True)
+    return several
 
 
-def head_groups(query: Tensor, key: Tensor, value: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The heads of `query (B, Hq, Lq, D)` in `count` equal groups, in order, each with its heads of `key` and `value`.
+# A rule is text without this character.
+_BETWEEN = "|"
 
-    Raises:
-        ValueError: heads that do not divide into so many groups.
-    """
-    heads, key_heads = query.shape[1], key.shape[1]
-    if count < 1 or heads % count or (key_heads % count and count % key_heads):
-        raise ValueError(
-            f"{heads} heads of queries and {key_heads} of keys and values do not divide into {count} equal groups, one for each "
-            "mask"
-        )
-    for group in range(count):
-        queries = query[:, group * heads // count : (group + 1) * heads // count]
-        first = group * key_heads // count
-        shared = slice(first, max(first + 1, (group + 1) * key_heads // count))  # one head may serve several groups
-        yield queries, key[:, shared], value[:, shared]
+
+def join_rules(rules: Sequence[str]) -> str:
+    """The rules of masks of one size, one for each group of heads, as one text."""
+    return _BETWEEN.join(rules)
+
+
+def split_rules(text: str) -> list[str]:
+    """The rules that `join_rules` joined."""
+    return text.split(_BETWEEN)
 
 
 def rule_attention(
@@ -141,6 +154,8 @@ def rule_attention(
     backend: str = "auto",
 ) -> Tensor:
     """`kron_attention` under the mask that `rule` describes for `frames` frames (or query and key frames) of `tokens` tokens.
+
+    `rule` may be several, one for each group of heads (see `join_rules`).
 
     What a model calls in its forward: the sizes may be symbolic, so that a compiled model needs no new graph for a longer clip.
     See `KronMask.rule` and `masks.mask_rule`.
@@ -171,6 +186,7 @@ def _attend(
                 f"{tokens[size]} = {prefix + frames[size] * tokens[size]}, but {name} has {tensor.shape[2]} tokens; "
                 "is the class token included in tokens?"
             )
+    groups.check_heads(query.shape[1], key.shape[1], rule.count(_BETWEEN) + 1)
     if scale is None:
         scale = query.shape[3] ** -0.5
     return torch.ops.kronmask.attention(query, key, value, rule, *frames, *tokens, prefix, scale, backend)
@@ -228,8 +244,27 @@ def _attention_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
-    return backends.get(backend, query, key, mask).forward(query, key, value, mask, scale)
+    masks = _masks(rule, query_frames, key_frames, query_tokens, key_tokens, prefix)
+    modules = _modules(backend, "forward", query, key, masks)
+    if len(masks) == 1:
+        return modules[0].forward(query, key, value, masks[0], scale)
+    return groups.forward(modules, query, key, value, masks, scale)
+
+
+def _masks(rule: str, *sizes: int) -> tuple[KronMask, ...]:
+    query_frames, key_frames, query_tokens, key_tokens, prefix = sizes
+    frames, tokens = (query_frames, key_frames), (query_tokens, key_tokens)
+    return tuple(KronMask.from_rule(part, frames=frames, tokens=tokens, prefix=prefix) for part in split_rules(rule))
+
+
+def _modules(
+    backend: str, step: backends.Step, query: Tensor, key: Tensor, masks: tuple[KronMask, ...]
+) -> list[ModuleType]:
+    """The backend of each group of heads."""
+    if len(masks) == 1:
+        return [backends.get(backend, step, query, key, masks[0])]
+    parts = groups.head_groups(query, key, key, len(masks))
+    return [backends.get(backend, step, q, k, mask) for (q, k, _), mask in zip(parts, masks, strict=True)]
 
 
 @_attention_op.register_fake
@@ -258,13 +293,18 @@ def _attention_backward_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
+    masks = _masks(rule, query_frames, key_frames, query_tokens, key_tokens, prefix)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     if grad_lse is not None:  # of a query that sees no key: 0, whatever a merge by logaddexp hands back for -inf
         grad_lse = grad_lse.masked_fill(lse.isneginf(), 0.0)
-    module = backends.get(backend, query, key, mask)
-    return module.backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)
+    modules, given = (
+        _modules(backend, "backward", query, key, masks),
+        (grad_output, grad_lse, query, key, value, output, lse),
+    )
+    if len(masks) == 1:
+        return modules[0].backward(*given, masks[0], scale)
+    return groups.backward(modules, *given, masks, scale)
 
 
 @_attention_backward_op.register_fake
@@ -296,9 +336,8 @@ _attention_op.register_autograd(_backward, setup_context=_setup_context)
 def _flops(query: Any, rule: str, *sizes: int) -> int:
     """Useful multiply-adds of the forward, `4 * B * H * D` for each allowed pair."""
     batch, heads, _, head_dim = query
-    query_frames, key_frames, query_tokens, key_tokens, prefix = sizes
-    mask = KronMask.from_rule(rule, frames=(query_frames, key_frames), tokens=(query_tokens, key_tokens), prefix=prefix)
-    return 4 * batch * heads * head_dim * mask.num_pairs
+    masks = _masks(rule, *sizes)
+    return 4 * batch * heads // len(masks) * head_dim * sum(mask.num_pairs for mask in masks)
 
 
 @register_flop_formula(torch.ops.kronmask.attention)

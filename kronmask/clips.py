@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kronmask.attention import rule_attention
+from kronmask.attention import join_rules, rule_attention, split_rules
 from kronmask.mask import KronMask
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Clips:
     """
 
     whole = True  # whether a batch has all frames of its clips
+    takes_groups = True  # whether `attend` takes the mask of all groups of heads at once
 
     def __init__(self, frames: int) -> None:
         self.frames = frames
@@ -154,8 +155,11 @@ def _packed_rule(rules: tuple[str, ...], lengths: tuple[int, ...], tokens: int) 
 
 @lru_cache(maxsize=256)
 def _block_diagonal(rules: tuple[str, ...], lengths: tuple[int, ...], tokens: int) -> str:
-    masks = [
-        KronMask.from_rule(rule, frames=(length, length), tokens=(tokens, tokens))
-        for rule, length in zip(rules, lengths, strict=True)
-    ]
-    return KronMask.block_diagonal(masks).rule
+    packed = []
+    for of_clips in zip(*map(split_rules, rules), strict=True):  # for each group of heads
+        masks = [
+            KronMask.from_rule(rule, frames=(length, length), tokens=(tokens, tokens))
+            for rule, length in zip(of_clips, lengths, strict=True)
+        ]
+        packed.append(KronMask.block_diagonal(masks).rule)
+    return join_rules(packed)

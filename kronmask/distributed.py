@@ -280,6 +280,7 @@ class ParallelClips(Clips):
     """
 
     whole = False
+    takes_groups = False
 
     def __init__(self, frames: int, group: FrameGroup) -> None:
         super().__init__(frames)

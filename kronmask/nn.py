@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronmask.attention import head_groups
+from kronmask.attention import join_rules
+from kronmask.backends.groups import head_groups
 from kronmask.clips import Clips
 from kronmask.mask import KronMask
 from kronmask.masks import mask_rule
@@ -40,8 +41,8 @@ class MaskRule:
 
     Args:
         attention: a name out of `kronmask.masks.NAMES`, a `KronMask`, or a callable `(frames, tokens) -> KronMask`; or a
-            sequence of these, which divide the heads into equal groups in order: then `groups` are their rules, and a layer
-            asks each of these.
+            sequence of these, which divide the heads into equal groups in order: then `groups` are the rules of each, and the
+            rule is theirs joined.
 
     Raises:
         ValueError: `attention` is an unknown name or none of the three, or an empty sequence.
@@ -69,6 +70,8 @@ class MaskRule:
         Raises:
             ValueError: `attention` is a `KronMask` of another size.
         """
+        if self.groups != (self,):
+            return join_rules([of_group(frames, tokens) for of_group in self.groups])
         if self._fixed is None:
             return mask_rule(self.attention, int(frames), int(tokens))  # type: ignore[arg-type]
         if isinstance(self.attention, KronMask):
@@ -98,7 +101,9 @@ def attend_in_groups(
     prefix: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """`clips.attend`, for each group of heads under its own mask."""
+    """`clips.attend`, for each group of heads under its own mask: in one call where the clips take all groups at once."""
+    if clips.takes_groups:
+        return clips.attend(query, key, value, mask, tokens, prefix=prefix, scale=scale)
     if len(mask.groups) == 1:
         return clips.attend(query, key, value, mask.groups[0], tokens, prefix=prefix, scale=scale)
     parts = zip(mask.groups, head_groups(query, key, value, len(mask.groups)), strict=True)

@@ -1,4 +1,4 @@
-"""From a mask to what a backend executes: rectangles of tokens, own positions, and small masked blocks.
+"""From a mask to what a backend executes: rectangles of tokens, own positions, small masked blocks, and tiles of patterns.
 
 The frame table is cut recursively. A block-diagonal table (packed clips, own frames) falls apart between its blocks first, so
 that clips one behind the other are cut as each is alone. A block of one code is a rectangle in which all pairs may attend. Any
@@ -6,19 +6,23 @@ other block is cut into halves both ways, or into its query frames with their ru
 computed whole under a mask of its own size. Halves make the butterfly for KMT and KMCT: at each level one half of the frames
 attends to its sibling, so log2(T) batched calls cover exactly the pairs of different frames. Short frames are cheaper in fewer,
 masked calls. Which cut is least work is estimated by `_call_cost`. Equal blocks at equal distances are one batched call.
+
+A block of one explicit pattern may instead be cut into tiles: runs of the pattern's rows, each with the keys that they see, of
+all its frames together. Rows and keys of a tile lie apart, so a backend gathers them; of a sparse pattern little else is left.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 
 from kronmask.mask import EMPTY, FIRST_PATTERN, FULL, IDENTITY, KronMask
 
-__all__ = ["Plan", "Rectangles", "make_plan"]
+__all__ = ["Gathered", "Plan", "Rectangles", "make_plan"]
 
 # The cost model, in units of one query by one key. It was fitted to torch's CPU flash kernel, float32, D = 64, in calls of 50 to
 # 1576 rows by 50 to 1576 keys: a block of rows has a fixed cost that few keys do not pay for, and calls of fewer than 768 rows
@@ -28,6 +32,7 @@ ROW_OVERHEAD = 12  # rows' worth of work that a key costs
 SMALL_BLOCKS = 1.06
 MASKED = 1.12  # adding a bias
 CALL = 1500  # pairs' worth of work, for each head, to start a call and merge its LSE
+GATHER = 25  # to gather a row, or to put it back
 OWN = 50  # a row-wise product, and its merge
 LARGEST_MASK = 2**20  # pairs of a masked block of several query frames
 LARGEST_PATTERN = 2**22  # pairs of a masked block of one query frame; longer runs of frames are cut
@@ -47,6 +52,19 @@ class Rectangles:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Tiles of one mask whose tokens lie apart: in the i-th, the tokens `queries[i]` attend to the tokens `keys[i]` under `mask`.
+
+    No query stands in two tiles, and each sees a key.
+    """
+
+    mask: KronMask
+    queries: tuple[tuple[int, ...], ...]
+    keys: tuple[tuple[int, ...], ...]
+    first: bool  # nothing before it in the plan has reached these query rows
+
+
+@dataclass(frozen=True)
 class Plan:
     """The disjoint parts of a mask, in the order in which a backend merges them by log-sum-exp.
 
@@ -57,6 +75,7 @@ class Plan:
             under which each position sees itself; each with its first query frame and its first key frame.
         rectangles: all pairs may attend.
         masked: masks of blocks, and the rectangles that attend under them.
+        gathered: tiles of explicit patterns.
         complete: each query row is written by a part that is the `first` to reach it.
         is_one_call: one rectangle or masked block, of all queries and all keys, is all there is.
     """
@@ -65,6 +84,7 @@ class Plan:
     positions: tuple[tuple[KronMask, int, int], ...]
     rectangles: tuple[Rectangles, ...]
     masked: tuple[tuple[KronMask, Rectangles], ...]
+    gathered: tuple[Gathered, ...]
     complete: bool
     is_one_call: bool
 
@@ -75,7 +95,8 @@ Table = tuple[tuple[int, ...], ...]
 class Cell(NamedTuple):
     """A block of the frame table that is one rectangle; `codes` are None where all pairs may attend.
 
-    Of a cell of `positions` only the identities count, and they are computed as attention over frames.
+    Of a cell of `positions` only the identities count, and they are computed as attention over frames. A cell of one pattern may
+    be computed `in_tiles`.
     """
 
     query: int
@@ -84,6 +105,14 @@ class Cell(NamedTuple):
     key_frames: int
     codes: Table | None
     positions: bool = False
+    in_tiles: bool = False
+
+
+class Tile(NamedTuple):
+    """Positions of a frame that attend to positions of a frame, each in the order of the pattern."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
@@ -98,21 +127,23 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
 
     whole = Rectangles(0, 0, length, key_length, first=True)
     if all(code == FULL for row in table for code in row):
-        return Plan((), (), (whole,), (), complete=True, is_one_call=True)
+        return Plan((), (), (whole,), (), (), complete=True, is_one_call=True)
 
-    cost, cells = _Cutter(mask, masked_blocks).cut(table)
+    cutter = _Cutter(mask, masked_blocks)
+    cost, cells = cutter.cut(table)
     if masked_blocks and length * key_length <= LARGEST_MASK:
         if prefix:
             cost += _call_cost(prefix, key_length) + _call_cost(length - prefix, prefix)
         if _call_cost(length, key_length, MASKED) < cost:
-            return Plan((), (), (), ((mask, whole),), complete=True, is_one_call=True)
+            return Plan((), (), (), ((mask, whole),), (), complete=True, is_one_call=True)
 
     positions = [
         (KronMask([[code == IDENTITY for code in row] for row in cell.codes], tokens=1), cell.query, cell.key)
         for cell in cells
         if cell.positions and cell.codes is not None
     ]
-    cells = [cell for cell in cells if not cell.positions]
+    tiled = [cell for cell in cells if cell.in_tiles]
+    cells = [cell for cell in cells if not cell.positions and not cell.in_tiles]
     own = _batched([cell for cell in cells if cell.codes == ((IDENTITY,),)], mask)
     full = _batched([cell for cell in cells if cell.codes is None], mask)
     if prefix:
@@ -135,25 +166,34 @@ def make_plan(mask: KronMask, masked_blocks: bool = True) -> Plan:
         reached[query + 1 : query + 1 + over_frames.query_frames] = [True] * over_frames.query_frames
     written = reached.copy()
 
-    def reach(part: Rectangles) -> Rectangles:
-        spans = []
-        for row in range(part.query, part.query + part.count * max(part.step, 1), max(part.step, 1)):
-            first, last = ((q - prefix) // mask.query_tokens + 1 for q in (row, row + part.query_rows - 1))
-            spans.append(slice(max(0, first), max(0, last) + 1))
+    def reach(spans: list[slice], every_row: bool = True) -> bool:
         is_first = not any(any(reached[span]) for span in spans)
         for span in spans:
             units = [True] * (span.stop - span.start)
             reached[span] = units
-            if is_first:
+            if is_first and every_row:
                 written[span] = units
-        return replace(part, first=is_first)
+        return is_first
 
-    own = [reach(_joined(part)) for part in own]
-    full = [reach(part) for part in full]
-    masked = [(block, reach(part)) for block, part in masked]
+    def reached_by(part: Rectangles) -> Rectangles:
+        spans = []
+        for row in range(part.query, part.query + part.count * max(part.step, 1), max(part.step, 1)):
+            first, last = ((q - prefix) // mask.query_tokens + 1 for q in (row, row + part.query_rows - 1))
+            spans.append(slice(max(0, first), max(0, last) + 1))
+        return replace(part, first=reach(spans))
+
+    own = [reached_by(_joined(part)) for part in own]
+    full = [reached_by(part) for part in full]
+    masked = [(block, reached_by(part)) for block, part in masked]
+    gathered = list[Gathered]()
+    for block, tiles, corners in _tiled(tiled, mask, cutter):
+        spans = [slice(q + 1, q + 1 + block.query_frames) for q, _ in corners]
+        first = reach(spans, every_row=sum(len(tile.rows) for tile in tiles) == mask.query_tokens)
+        gathered += _gathered(block, tiles, corners, mask.prefix, first)
     calls = [*full, *(part for _, part in masked)]
-    is_one_call = not own and not positions and [(c.query_rows, c.key_rows) for c in calls] == [mask.shape]
-    return Plan(tuple(own), tuple(positions), tuple(full), tuple(masked), all(written), is_one_call)
+    is_one_call = not own and not positions and not gathered
+    is_one_call = is_one_call and [(c.query_rows, c.key_rows) for c in calls] == [mask.shape]
+    return Plan(tuple(own), tuple(positions), tuple(full), tuple(masked), tuple(gathered), all(written), is_one_call)
 
 
 def _call_cost(rows: int, keys: int, weight: float = 1.0) -> float:
@@ -166,7 +206,9 @@ class _Cutter:
 
     def __init__(self, mask: KronMask, masked_blocks: bool) -> None:
         self.query_tokens, self.key_tokens, self.masked_blocks = mask.query_tokens, mask.key_tokens, masked_blocks
+        self.palette = mask.palette
         self.known: dict[Table, tuple[float, list[Cell]]] = {}
+        self.known_tiles: dict[Table, tuple[float, list[Tile]]] = {}
 
     def cut(self, table: Table) -> tuple[float, list[Cell]]:
         if table not in self.known:
@@ -195,6 +237,8 @@ class _Cutter:
                 rows, columns = _halves(query_frames), _halves(key_frames)
                 parts = [(tuple(row[c:d] for row in table[a:b]), a, c) for a, b in rows for c, d in columns]
                 options.append(self._joint(parts))
+            if len(codes) == 1 and min(codes) >= FIRST_PATTERN:
+                options.append(self._in_tiles(table))
         if self.masked_blocks and query_frames * self.query_tokens * key_frames * self.key_tokens <= LARGEST_MASK:
             options.append(self._cell(0, query_frames, 0, key_frames, table))
         return min(options, key=lambda option: option[0])
@@ -215,9 +259,23 @@ class _Cutter:
             step = 1 if code == IDENTITY else stop - start if code == FULL else longest
             for k in range(start, stop, step) if code != EMPTY else ():
                 size = min(step, stop - k)
-                cost, cell = self._cell(0, 1, k, size, None if code == FULL else ((code,) * size,))
+                options = [self._cell(0, 1, k, size, None if code == FULL else ((code,) * size,))]
+                if code >= FIRST_PATTERN:
+                    options.append(self._in_tiles(((code,) * size,), k))
+                cost, cell = min(options, key=lambda option: option[0])
                 total, cells = total + cost, cells + cell
         return total, cells
+
+    def _in_tiles(self, table: Table, k: int = 0) -> tuple[float, list[Cell]]:
+        return self.tiles(table)[0], [Cell(0, len(table), k, len(table[0]), table, in_tiles=True)]
+
+    def tiles(self, table: Table) -> tuple[float, list[Tile]]:
+        """The cheapest tiles of a table of one pattern, and what they cost; infinity if a mask would be too large."""
+        if table not in self.known_tiles:
+            pattern = self.palette[table[0][0] - FIRST_PATTERN]
+            rows = [pattern[start : start + self.key_tokens] for start in range(0, len(pattern), self.key_tokens)]
+            self.known_tiles[table] = _cheapest_tiles(rows, len(table), len(table[0]))
+        return self.known_tiles[table]
 
     def _joint(self, parts: list[tuple[Table, int, int]]) -> tuple[float, list[Cell]]:
         total, cells = 0.0, list[Cell]()
@@ -234,6 +292,39 @@ class _Cutter:
         else:
             cost = _call_cost(rows, keys, MASKED if codes else 1.0)
         return cost, [Cell(q, q_size, k, k_size, codes)]
+
+
+def _cheapest_tiles(pattern: list[bytes], query_frames: int, key_frames: int) -> tuple[float, list[Tile]]:
+    """The cut of a pattern's rows into runs of least cost, by dynamic programming; equal rows count as neighbours."""
+    seen = [int.from_bytes(row, "little") for row in pattern]  # as sets of keys: a bit in each byte
+    alike = {keys: row for row, keys in reversed(list(enumerate(seen)))}  # the first row that sees these keys
+    order = sorted((row for row, keys in enumerate(seen) if keys), key=lambda row: (alike[seen[row]], row))
+    best, begin = [0.0], [0]
+    for stop in range(1, len(order) + 1):
+        least, at, union, pairs = math.inf, stop - 1, 0, 0
+        for start in range(stop - 1, -1, -1):
+            union |= seen[order[start]]
+            pairs += seen[order[start]].bit_count()
+            rows, keys = stop - start, union.bit_count()
+            cost = _tile_cost(rows * query_frames, keys * key_frames, is_masked=pairs < rows * keys)
+            if cost >= least:
+                break  # and so do all longer runs
+            if best[start] + cost < least:
+                least, at = best[start] + cost, start
+        best.append(least)
+        begin.append(at)
+    tiles, stop = list[Tile](), len(order)
+    while stop:
+        run = tuple(sorted(order[begin[stop] : stop]))
+        tiles.append(Tile(run, tuple(key for key in range(len(pattern[0])) if any(pattern[row][key] for row in run))))
+        stop = begin[stop]
+    return best[-1], tiles[::-1]
+
+
+def _tile_cost(rows: int, keys: int, is_masked: bool) -> float:
+    if is_masked and rows * keys > LARGEST_MASK:
+        return math.inf
+    return _call_cost(rows, keys, MASKED if is_masked else 1.0) + GATHER * (rows + keys)
 
 
 def _diagonal_cut(table: Table) -> tuple[int, int] | None:
@@ -299,6 +390,39 @@ def _batched(cells: list[Cell], mask: KronMask) -> list[Rectangles]:
             )
             starts = starts[count:]
     return batches
+
+
+def _tiled(
+    cells: list[Cell], mask: KronMask, cutter: _Cutter
+) -> Iterator[tuple[KronMask, list[Tile], list[tuple[int, int]]]]:
+    """Cells of one pattern, of equal size and equal distance from the diagonal: their mask, its tiles, and their corners."""
+    families: dict[tuple[Table, int], list[tuple[int, int]]] = {}
+    for cell in cells:
+        assert cell.codes is not None
+        families.setdefault((cell.codes, cell.key - cell.query), []).append((cell.query, cell.key))
+    for (codes, _), corners in families.items():
+        pattern = mask.factor(codes[0][0])
+        one = [[FIRST_PATTERN] * len(codes[0])] * len(codes)
+        yield KronMask(one, [pattern], tokens=(mask.query_tokens, mask.key_tokens)), cutter.tiles(codes)[1], corners
+
+
+def _gathered(
+    block: KronMask, tiles: list[Tile], corners: list[tuple[int, int]], prefix: int, first: bool
+) -> Iterator[Gathered]:
+    """The tiles of blocks of one pattern at their corners `(query frame, key frame)`, those of one mask together."""
+    alike: dict[KronMask, list[Tile]] = {}
+    for tile in tiles:
+        inner = block.factor(FIRST_PATTERN)[list(tile.rows)][:, list(tile.keys)]
+        alike.setdefault(KronMask(block.codes, [inner], tokens=(len(tile.rows), len(tile.keys))), []).append(tile)
+
+    def tokens(frame: int, frames: int, size: int, positions: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(prefix + t * size + position for t in range(frame, frame + frames) for position in positions)
+
+    for inner_mask, group in alike.items():
+        placed = list(product(corners, group))
+        queries = [tokens(q, block.query_frames, block.query_tokens, tile.rows) for (q, _), tile in placed]
+        keys = [tokens(k, block.key_frames, block.key_tokens, tile.keys) for (_, k), tile in placed]
+        yield Gathered(inner_mask, tuple(queries), tuple(keys), first)
 
 
 def _joined(batch: Rectangles) -> Rectangles:

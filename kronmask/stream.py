@@ -293,6 +293,8 @@ class _Layer:
 class _Survey(Clips):
     """One frame, whose temporal attentions are noted and not run."""
 
+    takes_groups = False
+
     def __init__(self) -> None:
         super().__init__(1)
         self.layers: list[tuple[MaskRule, int, Tensor, Tensor]] = []
@@ -357,6 +359,8 @@ class _StreamedFrames(Clips):
         end: number of frames after which the streams end, if they do.
         length: number of frames that the learned embedding is laid out over.
     """
+
+    takes_groups = False
 
     def __init__(self, end: int | None, length: int | None) -> None:
         super().__init__(1)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kronmask import attention_backend, kron, kron_attention, masks, ones
 from kronmask.attention import rule_attention
+from kronmask.backends import flex
 
 
 def qkv(mask, heads=2, batch=1, head_dim=16, dtype=torch.float32, requires_grad=False):
@@ -251,3 +252,18 @@ def test_import_needs_torch_and_einops_alone():
         "print(sorted(new & {'timm', 'open_clip', 'torchvision', 'transformers', 'matplotlib', 'av', 'yaml', 'tqdm'}))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@torch.library.custom_op("kronmask_tests::derivative_of_the_square", mutates_args=())
+def _derivative_of_the_square(x: torch.Tensor) -> torch.Tensor:
+    with flex._autograd():
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(torch.compile(torch.square, backend="aot_eager")(leaf).sum(), leaf)
+    assert not torch.is_grad_enabled()
+    return grad
+
+
+def test_flex_differentiates_inside_of_a_custom_op():
+    """Below one, torch has taken autograd out of the dispatcher: nothing would require a gradient."""
+    with torch.no_grad():
+        assert _derivative_of_the_square(torch.tensor([1.0, 3.0])).tolist() == [2.0, 6.0]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import kron_masks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kronmask import KronMask, attention_backend, kron_attention, masks
+from kronmask.attention import join_rules
+from kronmask.clips import PackedClips
 from kronmask.nn import KronAttention
 
 NAMES = [name for name in masks.NAMES if name != "neighborhood"]
@@ -86,6 +91,55 @@ def test_groups_of_heads_compile_without_a_graph_break_and_export() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(Attend(), fullgraph=True, backend="aot_eager")(query), expected)
     torch.testing.assert_close(torch.export.export(Attend(), (query,)).module()(query), expected)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the operator."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function in (torch.ops.kronmask.attention.default, torch.ops.kronmask.attention_backward.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_groups_of_heads_are_one_call_of_the_operator_in_each_direction() -> None:
+    query = torch.randn(1, 4, 12, 16, requires_grad=True)
+    layer = KronAttention(24, 4, ["kmct", "temporal"])
+    for attend in (
+        lambda: kron_attention(query, query, query, [masks.kmct(3, 4), masks.axial(3, 4)]),
+        lambda: layer(torch.randn(1, 12, 24), 3, 4),
+        lambda: layer(torch.randn(1, 12, 24), PackedClips([1, 2]), 4),
+    ):
+        with Calls() as calls:
+            attend().sum().backward()
+        assert calls.number == 2
+
+
+def test_groups_of_heads_pack_clips_of_different_lengths() -> None:
+    layer, x = KronAttention(24, 4, ["kmct", "temporal"]), torch.randn(1, 20, 24)
+    alone = torch.cat([layer(x[:, :8], 2, 4), layer(x[:, 8:], 3, 4)], 1)
+    torch.testing.assert_close(layer(x, PackedClips([2, 3]), 4), alone)
+
+
+def test_masks_of_one_shape_but_other_frames_are_groups_too() -> None:
+    several = [masks.kmct(3, 4), masks.kmt(4, 3), masks.axial(2, 6), masks.joint(2, 5, prefix=2)]
+    inputs = torch.randn(3, 1, 4, 12, 16, dtype=torch.float64).unbind(0)
+    actual = kron_attention(*inputs, several, backend="dense", return_lse=True)
+    torch.testing.assert_close(actual, per_head(*inputs, several))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+def test_opcheck_of_groups_of_heads(backend: str) -> None:
+    mask = masks.kmct(3, 4)
+    rules = join_rules([mask.rule, masks.axial(3, 4).rule])
+    inputs = [torch.randn(1, heads, 12, 16, requires_grad=True) for heads in (4, 1, 1)]
+    torch.library.opcheck(torch.ops.kronmask.attention, (*inputs, rules, 3, 3, 4, 4, 0, 0.25, backend))
+    query, key, value = (x.detach() for x in inputs)
+    output, lse = kron_attention(query, key, value, [mask, masks.axial(3, 4)], return_lse=True)
+    for grad_lse in (None, lse):
+        arguments = (output, grad_lse, query, key, value, output, lse, rules, 3, 3, 4, 4, 0, 0.25, backend)
+        torch.library.opcheck(torch.ops.kronmask.attention_backward, arguments)
 
 
 def test_flops_are_those_of_each_group() -> None:

@@ -59,7 +59,8 @@ def choose_prompts(config: Config, classes: Sequence[str]) -> Choice:
             path = shipped_file(dataset)
             origin = f"the shipped set {_title(dataset)}, which has {_share(classes, dataset)}"
     elif asked not in (None, "templates"):
-        path, origin = asked, f"{asked} ({read_prompt_file(asked).title})"
+        path = asked
+        origin = f"the folder {asked}" if Path(asked).is_dir() else f"{asked} ({read_prompt_file(asked).title})"
     if path is None:
         _refuse_idle(data, "there are no sentences", "kinds", "per_kind")
         prompts = build_prompts(classes, templates)

@@ -6,12 +6,14 @@ A file is JSON, in one of two forms:
     {"format": "kronmask-prompts-1", "dataset": ..., "version": ..., "classes": {class: {kind: [...]}}}  with a header
 
 A header says what the set is for, who wrote it and under which licence; `prompts make` also writes how it was made.
+The form of the authors' code is read too: a folder of CSV files of `id;name`, see `read_prompt_folder`.
 Kinds are those of `prompts.KINDS`; a file may leave some out and have any number of sentences of each.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,6 +36,7 @@ __all__ = [
     "load_groups",
     "load_prompts",
     "read_prompt_file",
+    "read_prompt_folder",
     "shipped_classes",
     "shipped_file",
     "write_prompt_file",
@@ -106,6 +109,49 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     return PromptFile(path, content, entries)
 
 
+def read_prompt_folder(path: str | Path, classes: Sequence[str]) -> PromptFile:
+    """Reads sentences in the form of the authors' code: a folder with a CSV file for each kind, whose name has `decomposition`,
+    `body`, `synonyms` or `scene` in it.
+
+    Below the header, `id;name` or `id,name`, is a sentence a line behind the number of its class, several for a class. As their
+    generator writes them, sentences may have commas with backslashes, and run over several lines.
+
+    Raises:
+        FileNotFoundError: no such file in the folder.
+        ValueError: two files of a kind, another header, or the number of no class.
+    """
+    found = {kind: [file for file in sorted(Path(path).glob("*.csv")) if kind[:4] in file.stem] for kind in KINDS}
+    several = [file.name for files in found.values() for file in files[1:]]
+    if several:
+        raise ValueError(f"{path} has more than one file of a kind: {some(several)}")
+    if not any(found.values()):
+        raise FileNotFoundError(f"no CSV file in {path} has decomposition, body, synonyms or scene in its name")
+    entries: dict[str, Any] = {name: {} for name in classes}
+    for kind, files in found.items():
+        for file in files:
+            for number, sentence in _numbered_sentences(file):
+                if number >= len(classes):
+                    raise ValueError(f"{file}: class {number} of {len(classes)}, whose numbers start at 0")
+                entries[classes[number]].setdefault(kind, []).append(sentence)
+    return PromptFile(Path(path), {"kinds": [kind for kind, files in found.items() if files]}, entries)
+
+
+def _numbered_sentences(file: Path) -> list[tuple[int, str]]:
+    header, *lines = file.read_text(encoding="utf-8-sig").splitlines() or [""]
+    if header.replace(" ", "") not in ("id;name", "id,name"):
+        raise ValueError(f"{file}: the first line must be id;name, not {header!r}")
+    sentences: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(lines, 2):
+        starts = re.match(rf"(\d+){header.replace(' ', '')[2]}(.*)", line)
+        if starts:
+            sentences.append((int(starts[1]), [starts[2]]))
+        elif sentences:
+            sentences[-1][1].append(line)
+        elif line.strip():
+            raise ValueError(f"{file}: line {number} must start with the number of a class, not {line[:40]!r}")
+    return [(number, " ".join(" ".join(parts).replace("\\", "").strip('" ').split())) for number, parts in sentences]
+
+
 def write_prompt_file(path: str | Path, header: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
     """Writes a file with a header, one sentence a line; one that is cut off leaves the file before it whole."""
     content = {"format": FORMAT, **header, "classes": dict(entries)}
@@ -124,7 +170,7 @@ def load_prompts(path: str | Path, classes: Sequence[str], kinds: Sequence[str] 
             missing classes (then also the unknown ones, which may be the same misspelt), missing and unknown kinds,
             kinds without sentences, empty sentences.
     """
-    file = read_prompt_file(path)
+    file = read_prompt_folder(path, classes) if Path(path).is_dir() else read_prompt_file(path)
     kinds = file.kinds if kinds is None else tuple(kinds)
     by_key = {class_key(name): entry for name, entry in file.entries.items()}
     wanted = {class_key(name): name for name in classes}

@@ -12,12 +12,15 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kronmask.backends import dense, flex, sdpa, triton
+from kronmask.backends import auto, dense, flex, flex_flash, sdpa, triton
+from kronmask.backends.auto import Step
 from kronmask.mask import KronMask
 
-__all__ = ["BACKENDS", "check_name", "get"]
+__all__ = ["BACKENDS", "Step", "check_name", "get"]
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex, "dense": dense}
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton, "sdpa": sdpa, "flex": flex, "flex-flash": flex_flash, "dense": dense,
+}  # fmt: skip
 
 
 def check_name(backend: str) -> None:
@@ -26,16 +29,14 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)} and auto")
 
 
-def get(backend: str, query: Tensor, key: Tensor, mask: KronMask) -> ModuleType:
-    """The module that runs these inputs; `auto` takes `sdpa`, or `dense` where that cannot (float64, say).
+def get(backend: str, step: Step, query: Tensor, key: Tensor, mask: KronMask) -> ModuleType:
+    """The module that runs a pass on these inputs; see `auto`.
 
     Raises:
         NotImplementedError: the backend cannot take them; says why and which backends can.
     """
     if backend == "auto":
-        backend = next(
-            (name for name in ("sdpa", "dense") if BACKENDS[name].refusal(query, key, mask) is None), "dense"
-        )
+        backend = auto.choose(step, query, key, mask)
     reason = BACKENDS[backend].refusal(query, key, mask)
     if reason is not None:
         able = [name for name, module in BACKENDS.items() if module.refusal(query, key, mask) is None]

@@ -7,6 +7,8 @@ and forward only: good for checking, not for speed (`mask.block_mask()` in your 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +19,8 @@ from kronmask.mask import KronMask
 
 __all__ = ["backward", "forward", "refusal"]
 
+RECOMPILATIONS = 256
+
 
 def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
     if query.dtype == torch.float64:
@@ -26,8 +30,11 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
     return None
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
-    output, lse = _flex(query.detach(), key.detach(), value.detach(), mask, scale)
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float, *, kernel: str = "AUTO"
+) -> tuple[Tensor, Tensor]:
+    """`kernel` is FlexAttention's own choice of a backend, "AUTO" (Triton) or "FLASH" (see `flex_flash`)."""
+    output, lse = _flex(query.detach(), key.detach(), value.detach(), mask, scale, kernel)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, lse.float().contiguous()
 
@@ -42,27 +49,42 @@ def backward(
     lse: Tensor,
     mask: KronMask,
     scale: float,
+    *,
+    kernel: str = "AUTO",
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.device.type == "cpu":
         raise NotImplementedError(
             f"backend 'flex' cannot train on the CPU: FlexAttention has no CPU backward. Got query {tuple(query.shape)} "
             f"{query.dtype}, {mask!s}. Backends that can: sdpa, dense."
         )
-    with torch.enable_grad():  # FlexAttention keeps its backward to itself: run it again under autograd
+    with _autograd():  # FlexAttention keeps its backward to itself: run it again under autograd
         query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
-        outputs = _flex(query, key, value, mask, scale)
-    lse_gradient = torch.zeros_like(outputs[1]) if grad_lse is None else grad_lse.to(outputs[1].dtype)
-    grads = torch.autograd.grad(outputs, inputs, (grad_output, lse_gradient))
+        outputs = _flex(query, key, value, mask, scale, kernel)
+        if grad_lse is None:
+            grads = torch.autograd.grad(outputs[0], inputs, grad_output)
+        else:
+            grads = torch.autograd.grad(outputs, inputs, (grad_output, grad_lse.to(outputs[1].dtype)))
     return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)  # type: ignore[return-value]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside of a custom op, below which torch takes it out of the dispatcher."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
     from torch.nn.attention import flex_attention as flex
 
     # torch 2.9 asks for the LSE in another way than those before it
     with_aux = hasattr(flex, "AuxRequest")
     arguments: dict[str, Any] = {
-        "block_mask": _block_mask(mask, query.device),
+        "block_mask": _block_mask(mask, query.device, kernel),
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         **({"return_aux": flex.AuxRequest(lse=True)} if with_aux else {"return_lse": True}),
@@ -72,17 +94,26 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: floa
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             output, extra = flex.flex_attention(query, key, value, **arguments)
     else:
-        output, extra = _compiled()(query, key, value, **arguments)
+        if kernel != "AUTO":
+            arguments["kernel_options"] = {"BACKEND": kernel}
+        # over the limit it would be compiled for no further mask and run unfused, without a word
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+            output, extra = _compiled(kernel)(query, key, value, **arguments)
     return output, extra.lse if with_aux else extra
 
 
 @lru_cache(maxsize=64)
-def _block_mask(mask: KronMask, device: torch.device) -> Any:
-    return mask.block_mask(device=device)
+def _block_mask(mask: KronMask, device: torch.device, kernel: str) -> Any:
+    tall = kernel == "FLASH" and torch.cuda.get_device_capability(device) >= (
+        10,
+        0,
+    )  # it takes two tiles of queries at once
+    return mask.block_mask((256, 128) if tall else 128, device=device)
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
+@lru_cache(maxsize=2)
+def _compiled(kernel: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # FlashAttention-4 is made for one shape at a time
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if kernel == "FLASH" else None)

@@ -3,13 +3,15 @@
 Each part of the plan is a call of a kernel that returns its log-sum-exp; parts of the same query merge by it, and the self token
 of KMT and KMCT is the initial state of the merge. The kernels' backwards take the merged output and LSE, which makes the gradient
 of each part exact. The backward has no atomics of its own. A mask is made for explicit patterns, and on the CPU for blocks of at
-most 2**20 pairs where `plan` finds one masked call cheaper than several; it is kept for the next call.
+most 2**20 pairs where `plan` finds one masked call cheaper than several; it is kept for the next call. Of a sparse pattern the
+rows and keys of each tile are gathered, and those of equal tiles go through one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from einops import reduce
@@ -44,7 +46,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
     # half-precision parts are merged in float32, so that the merge rounds once
     output = query.new_empty(batch, length, heads, head_dim, dtype=torch.float32).transpose(1, 2)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    if not plan.complete:
+    if not plan.complete or plan.gathered:
         output.zero_()
         lse.fill_(float("-inf"))
     if not query.numel():
@@ -62,6 +64,19 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
     for part, bias, empty in _calls(plan, query):
         for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
             _merge(o, s[..., 0], *_flash(q, k, v, scale, bias, empty), part.first, empty is not None)
+    if plan.gathered:
+        query, key, value = (_as_stored(x) for x in (query, key, value))
+    for tiles in _tiles(mask, query.dtype, query.device) if plan.gathered else ():
+        q, k, v = (_gather(x, i) for x, i in ((query, tiles.queries), (key, tiles.keys), (value, tiles.keys)))
+        part_output, part_lse = _flash(q, k, v, scale, tiles.bias, None)
+        if tiles.first:  # these rows of the output hold zeros
+            _add(output, tiles.queries, part_output)
+        else:
+            o, s = (_gather(x, tiles.queries) for x in (output, lse[..., None]))
+            _merge(o, s[..., 0], part_output, part_lse, first=False)
+            _put(output, tiles.queries, o)
+            part_lse = s[..., 0]
+        _put(lse[..., None], tiles.queries, part_lse[..., None])
     return output.to(query.dtype), lse
 
 
@@ -125,6 +140,16 @@ def backward(
         accumulate(_position_views(mask, frames, corner, roles, *tensors), _bias(frames, dtype, query.device)[0])
     for part, bias, _ in _calls(plan, query) if query.numel() else ():
         accumulate(_pieces(part, roles, *tensors), bias)
+    if plan.gathered:
+        tensors = (*(_as_stored(x) for x in tensors[:6]), *grads)
+    for tiles in _tiles(mask, dtype, query.device) if plan.gathered and query.numel() else ():
+        indices = [tiles.keys if role == "k" else tiles.queries for role in roles]
+        q, k, v, g, o, s = (_gather(x, i) for x, i in zip(tensors[:6], indices[:6], strict=True))
+        part_grads = _flash_backward(g, q, k, v, o, s[..., 0], scale, tiles.bias)
+        for total, index, part_grad, apart in zip(
+            grads, indices[6:], part_grads, (None, tiles.apart, tiles.apart), strict=True
+        ):
+            _add(total, index, part_grad[..., :head_dim], apart)
 
     grad_key, grad_value = (_sum_heads(g, key_heads) for g in (grad_key, grad_value))
     return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
@@ -241,18 +266,84 @@ def _sum_heads(grad: Tensor, heads: int) -> Tensor:
     return reduce(grad.transpose(1, 2), "b l (h g) d -> b l h d", "sum", h=heads).transpose(1, 2)
 
 
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+
+class _Tiles(NamedTuple):
+    """Equal tiles: the tokens of each, `(tiles, rows)` and `(tiles, keys)`, and what is added to the scores of all."""
+
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    first: bool
+    apart: tuple[int, ...]  # how many tiles, one behind the other, have no key in common with each other
+
+
+@lru_cache(maxsize=16)
+def _tiles(mask: KronMask, dtype: torch.dtype, device: torch.device) -> list[_Tiles]:
+    """The gathered tiles of the mask's plan, those that share no key one behind the other."""
+    found = []
+    for part in make_plan(mask, masked_blocks=device.type == "cpu").gathered:
+        groups: list[tuple[set[int], list[int]]] = []
+        for i, tile in enumerate(part.keys):
+            used, members = next((group for group in groups if group[0].isdisjoint(tile)), (set[int](), list[int]()))
+            if not members:
+                groups.append((used, members))
+            used.update(tile)
+            members.append(i)
+        order = [i for _, members in groups for i in members]
+        queries = torch.tensor([part.queries[i] for i in order]).to(device)
+        keys = torch.tensor([part.keys[i] for i in order]).to(device)
+        bias = None if part.mask.density == 1 else _masked_scores(part.mask, dtype, device)
+        found.append(_Tiles(queries, keys, bias, part.first, tuple(len(members) for _, members in groups)))
+    return found
+
+
+def _gather(tensor: Tensor, tokens: Tensor) -> Tensor:
+    """`(B * tiles, H, rows, D)`: the tokens `(tiles, rows)` of `tensor (B, H, L, D)`."""
+    batch, heads, _, head_dim = tensor.shape
+    rows = tensor.transpose(1, 2).index_select(1, tokens.flatten())
+    return rows.view(batch * len(tokens), -1, heads, head_dim).transpose(1, 2)
+
+
+def _put(tensor: Tensor, tokens: Tensor, values: Tensor) -> None:
+    """Write what `_gather` would return; no token may stand in `tokens` twice."""
+    tensor.transpose(1, 2).index_copy_(1, tokens.flatten(), _ungathered(tensor, values).to(tensor.dtype))
+
+
+def _add(tensor: Tensor, tokens: Tensor, values: Tensor, apart: Sequence[int] | None = None) -> None:
+    """Add to what `_gather` would return.
+
+    No token may stand in `tokens` twice, or not within each `apart` tiles one behind the other: those are calls of their own, so
+    that the order of a sum is always the same.
+    """
+    sizes = [tokens.shape[1] * number for number in apart or (len(tokens),)]
+    values = _ungathered(tensor, values).to(tensor.dtype)
+    for index, value in zip(tokens.flatten().split(sizes), values.split(sizes, dim=1), strict=True):
+        tensor.transpose(1, 2).index_add_(1, index, value)
+
+
+def _ungathered(tensor: Tensor, values: Tensor) -> Tensor:
+    """`(B, tiles * rows, H, D)` of `values (B * tiles, H, rows, D)`."""
+    return values.transpose(1, 2).reshape(tensor.shape[0], -1, tensor.shape[1], values.shape[3])
+
+
 # ---- masked blocks --------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=32)  # packed clips need one for each length
 def _bias(block: KronMask, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernels add to the scores, and the rows that see no key: the kernels' LSE of these is not -inf."""
+    bias = _masked_scores(block, dtype, device)
+    return bias, bias.isneginf().all(1)
+
+
+def _masked_scores(block: KronMask, dtype: torch.dtype, device: torch.device) -> Tensor:
     allowed = block.dense(device)
     rows, columns = allowed.shape
     # CUDA's kernel wants rows that start at multiples of 16 bytes
     storage = torch.zeros(rows, -(-columns // 16) * 16, dtype=dtype, device=allowed.device)
-    bias = storage[:, :columns].masked_fill_(~allowed, float("-inf"))
-    return bias, ~allowed.any(1)
+    return storage[:, :columns].masked_fill_(~allowed, float("-inf"))
 
 
 # ---- torch's kernels ------------------------------------------------------------------------------------------------
@@ -310,7 +401,8 @@ def _flash_backward(
             scale=scale,
         )  # fmt: skip
     else:
-        lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=float("inf"))
+        # the kernel takes rows one behind the other for granted, and padding by nothing keeps the strides
+        lse = torch.nn.functional.pad(lse.contiguous(), (0, -rows % 32), value=float("inf"))
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad_output, query, key, value, _expanded(bias, query, key), output, lse, seed, seed, 0.0,
             [True, True, True, False], scale=scale,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronmask.mask import KronMask
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["backward", "backward_groups", "forward", "forward_groups", "refusal"]
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,9 +40,7 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
-    from kronmask.kernels.forward import attention_forward
-
-    return attention_forward(query.detach(), key.detach(), value.detach(), mask, scale)
+    return forward_groups(query, key, value, (mask,), scale)
 
 
 def backward(
@@ -56,6 +54,30 @@ def backward(
     mask: KronMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return backward_groups(grad_output, grad_lse, query, key, value, output, lse, (mask,), scale)
+
+
+def forward_groups(
+    query: Tensor, key: Tensor, value: Tensor, masks: tuple[KronMask, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """`forward` with a mask for each group of heads, in one launch."""
+    from kronmask.kernels.forward import attention_forward
+
+    return attention_forward(query.detach(), key.detach(), value.detach(), masks, scale)
+
+
+def backward_groups(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    masks: tuple[KronMask, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` with a mask for each group of heads, in one launch for the queries and one for keys and values."""
     from kronmask.kernels.backward import attention_backward
 
-    return attention_backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)
+    return attention_backward(grad_output, grad_lse, query, key, value, output, lse, masks, scale)

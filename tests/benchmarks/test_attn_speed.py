@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import attn_contenders
 import attn_speed
 import pytest
 import torch
+from attn_contenders import CONTENDERS, Case, Contender
 from attn_figures import draw
-from attn_speed import CONTENDERS, Case, Contender, main, run_case, useful_flops
+from attn_speed import main, run_case, useful_flops
 from torch.nn import functional as F
 
 from kronmask import kron_attention, masks
@@ -114,7 +117,7 @@ def test_the_work_of_divided_attention_is_that_of_its_two_steps():
 
 
 def test_divided_attention_is_temporal_then_spatial_attention():
-    query, key, value = attn_speed._qkv(case("forward"))
+    query, key, value = attn_contenders.qkv(case("forward"))
     over_frames = kron_attention(query, key, value, masks.temporal(3, 5), backend="dense")
     expected = kron_attention(query, key, over_frames, masks.spatial(3, 5), backend="dense")
     torch.testing.assert_close(CONTENDERS["divided"](case("forward"), "").forward(), expected)
@@ -123,7 +126,7 @@ def test_divided_attention_is_temporal_then_spatial_attention():
 @pytest.mark.parametrize("name", masks.NAMES)
 def test_the_masks_that_flex_attention_is_given_are_the_masks(name):
     positions = torch.arange(15)
-    allowed = attn_speed._mask_mod(name, case())(0, 0, positions[:, None], positions)
+    allowed = attn_contenders._mask_mod(name, case())(0, 0, positions[:, None], positions)
     assert torch.equal(allowed, masks.NAMES[name](3, 5).dense())
 
 
@@ -139,7 +142,7 @@ def without_mask(case: Case, mask_name: str) -> Contender:
 
 
 def without_gradient_of_value(case: Case, mask_name: str) -> Contender:
-    query, key, value = attn_speed._qkv(case)
+    query, key, value = attn_contenders.qkv(case)
     mask = masks.NAMES[mask_name](case.frames, case.tokens).dense()
     return Contender(
         lambda: F.scaled_dot_product_attention(query, key, value.detach(), attn_mask=mask) + 0 * value,
@@ -241,3 +244,54 @@ def test_a_quick_run_does_not_touch_the_stored_results():
     assert len(quick.shapes) < len(default.shapes)
     assert default.rounds >= 9
     assert math.prod(max(default.shapes)) >= 32 * 197
+
+
+def test_kernels_that_cannot_run_here_are_contenders_only_when_asked_for():
+    default, asked = (
+        attn_speed._parse(["--device", "cpu"]),
+        attn_speed._parse(["--device", "cpu", "--peers", "sdpa-fa4"]),
+    )
+    assert not {"flex-flash", "sdpa-fa3", "sdpa-fa4"} & {*default.peers, *default.backends}
+    assert {"joint", "mha", "flex_128"} < set(default.peers)
+    assert {"triton", "sdpa", "flex", "dense"} == set(default.backends)
+    assert asked.peers == ["sdpa-fa4"]
+    (row,) = measure(case("forward"), ("kmt", "sdpa-fa4"))
+    assert row["error"]
+    assert row["seconds"] is None
+
+
+def test_all_calls_of_a_contender_and_no_others_run_inside_of_what_is_around_it(monkeypatch):
+    inside, seen = [], {"around": [], "beside": []}
+
+    @contextmanager
+    def around():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def peer(name, where):
+        def contender(case, mask_name):
+            sound = CONTENDERS["joint"](case, mask_name)
+            return Contender(lambda: seen[name].append(bool(inside)) or sound.forward(), sound.inputs, around=where)
+
+        return contender
+
+    monkeypatch.setitem(CONTENDERS, "around", peer("around", around))
+    monkeypatch.setitem(CONTENDERS, "beside", peer("beside", nullcontext))
+    measure(case("forward"), ("joint", "around"), ("joint", "beside"), rounds=3)
+    assert len(seen["around"]) >= 5  # the check, a warm-up and each round
+    assert all(seen["around"])
+    assert not any(seen["beside"])
+
+
+def test_flash_kernels_are_active_inside_and_those_before_are_again_after(monkeypatch):
+    active = ["mine"]
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active[0], raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "restore_flash_attention_impl", lambda: active.__setitem__(0, None), raising=False
+    )
+    activate = lambda name: active.__setitem__(0, name)  # noqa: E731
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    with attn_contenders._flash_kernels("FA4"):
+        assert active == ["FA4"]
+    assert active == ["mine"]

@@ -65,8 +65,7 @@ def test_the_stored_readers_were_compared_and_ours_was_right(tmp_path):
     ]
     assert all(ours[f"refused_{kind}"] for kind in ("truncated", "damaged", "no_video"))
     assert ours["over_ours_1"] == ours["over_ours_2"] == 1
-    reads, resident = zip(*ours["resident_bytes"], strict=True)
-    assert reads[-1] == stored["decodes"] == 5000
-    assert resident[-1] <= 1.05 * resident[1]  # the second point: the first read allocates what all need
+    resident = dict(ours["resident_bytes"])
+    assert resident[stored["decodes"]] <= 1.01 * resident[500]  # by then it has what every read needs
     decode.plot(stored["rows"], tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000

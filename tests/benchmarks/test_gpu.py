@@ -7,6 +7,8 @@ import gpu
 import pytest
 import torch
 
+from kronmask import masks
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_runs_nothing(monkeypatch):
@@ -45,3 +47,33 @@ def test_skipped():
 
 def test_the_suites_exist():
     assert all((gpu.ROOT / suite).exists() for suite in gpu.SUITES)
+
+
+def test_the_model_is_compared_to_what_is_measured_on_this_gpu(monkeypatch):
+    def row(arch, step, estimated):
+        return {
+            "arch": arch, "step": step, "head_dim": 16, "mask": "kmct", "frames": 3, "tokens": 5, "estimated": estimated
+        }  # fmt: skip
+
+    report = {
+        "masks": [row("sm_90", "forward", 0.5), row("sm_90", "backward_query", 0.25), row("sm_80", "forward", 0.75)]
+    }
+    report["masks"] += [
+        row("sm_90", "backward_key", 0.75),
+        {**row("sm_90", "forward", 0), "mask": "kmt", "estimated": 0.9},
+    ]
+    passes = gpu._passes
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(gpu, "_passes", lambda mask, head_dim, backend, device: passes(mask, head_dim, "sdpa", device))
+    rows = list(gpu.compare_to_model(report, torch.device("cpu")))
+    assert [(row["mask"], row["pass"], row["modelled"]) for row in rows] == [
+        ("kmct", "forward", 0.5), ("kmct", "backward", 0.5), ("kmt", "forward", 0.9), ("kmt", "backward", None)
+    ]  # fmt: skip
+    assert all(row["measured"] > 0 for row in rows)
+    assert not list(gpu.compare_to_model({"kernels": []}, torch.device("cpu")))  # a report without masks
+
+
+def test_the_passes_are_those_of_attention():
+    calls = gpu._passes(masks.kmt(2, 3), 16, "sdpa", torch.device("cpu"))
+    assert calls["forward"]().shape == (4, 12, 6, 16)
+    assert [grad.shape for grad in calls["backward"]()] == [(4, 12, 6, 16)] * 3

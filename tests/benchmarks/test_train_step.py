@@ -41,7 +41,7 @@ def test_a_stored_step_costs_less_and_is_the_same():
         assert row["over_whole"] == 1 or row["over_whole"] < 0.7
     assert rows[SHARED, 2]["text_share"] < rows[CUT, 2]["text_share"] < rows[WHOLE, 2]["text_share"]
     shares = {row["model"]: row["text_share_whole"] for row in stored["counted"]}
-    assert shares == pytest.approx({"ViT-B-32": 0.94, "ViT-B-16": 0.79, "ViT-L-14": 0.78}, abs=0.02)
+    assert shares == pytest.approx({"ViT-B-32": 0.94, "ViT-B-16": 0.79, "ViT-L-14": 0.64}, abs=0.02)
 
 
 def test_the_share_is_counted_for_any_model_of_open_clip():

@@ -124,6 +124,40 @@ def test_the_authors_templates_are_told_by_their_name():
         choose(templates="ours")
 
 
+def test_the_authors_files_of_sentences_are_read_from_their_folder(tmp_path):
+    """Their reader wants id;name, their generator writes commas with backslashes and lines as they come."""
+    files = {
+        "kinetics_400_action_decomposition.csv": 'id;name\n0;First, one runs.\n0;Then one; jumps.\n1;"It eats."\n1;It chews.\n',
+        "kinetics_400_body.csv": "id,name\n0,Legs\\, and\n feet.\n1,A mouth.\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    choice = choose(["a run", "a meal"], prompts=str(tmp_path), templates=("{}",))
+    assert choice.prompts[1:] == [
+        ["First, one runs.", "It eats."],
+        ["Then one; jumps.", "It chews."],
+        ["Legs, and feet.", "A mouth."],
+    ]
+    assert f"3 sentences (2 decomposition, 1 body_parts) of the folder {tmp_path}" in choice.description
+    assert (
+        len(choose(["a run", "a meal"], prompts=str(tmp_path), kinds=("body_parts",), templates=("{}",)).prompts) == 2
+    )
+    with pytest.raises(ValueError, match="class 1 of 1"):
+        choose(["a run"], prompts=str(tmp_path))
+    with pytest.raises(ValueError, match="1 missing kinds"):
+        choose(["a run", "a meal", "a nap"], prompts=str(tmp_path), kinds=("body_parts",))
+    (tmp_path / "body_of_another.csv").write_text("id;name\n")
+    with pytest.raises(ValueError, match="more than one file of a kind: 'kinetics_400_body.csv'"):
+        choose(["a run", "a meal"], prompts=str(tmp_path))
+    for file in tmp_path.glob("*.csv"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no CSV file"):
+        choose(["a run"], prompts=str(tmp_path))
+    (tmp_path / "scene.csv").write_text("name;id\n")
+    with pytest.raises(ValueError, match="first line must be id;name, not 'name;id'"):
+        choose(["a run"], prompts=str(tmp_path))
+
+
 def test_the_demo_trains_on_its_two_templates_alone(tmp_path):
     nowhere = MotionDataset(tmp_path, tmp_path, tmp_path, tmp_path)
     choice = choose_prompts(demo_config(tmp_path, nowhere, temporal=True, seed=0, epochs=1), MOTIONS)

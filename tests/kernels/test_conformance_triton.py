@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import all_pairs, assert_within, expect
-from strategies import kron_masks
+from strategies import kron_masks, masks_of_size
 from test_conformance import MASKS, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,6 +194,68 @@ def test_rows_that_see_nothing_take_and_give_no_gradient():
     grads = torch.autograd.grad([output, lse], inputs, [torch.ones_like(output), grad_lse])
     assert all(grad.isfinite().all() for grad in grads)
     assert (grads[0][:, :, :9] == 0).all()
+
+
+@st.composite
+def mask_groups(draw):
+    """Masks of one size, one for each of two or three groups of heads."""
+    tokens = draw(st.integers(1, 7))
+    sizes = (draw(st.integers(1, 4)), draw(st.integers(1, 4)), tokens, tokens, draw(st.integers(0, 2)))
+    return [draw(masks_of_size(*sizes)) for _ in range(draw(st.integers(2, 3)))]
+
+
+@needs_kernels
+@settings(max_examples=12)
+@given(
+    several=mask_groups(),
+    of_group=st.integers(1, 2),
+    key_heads=st.sampled_from(["as many", "one for each group", "one"]),
+)
+def test_groups_of_heads_agree_with_the_reference(several, of_group, key_heads):
+    heads = of_group * len(several)
+    shared = {"as many": heads, "one for each group": len(several), "one": 1}[key_heads]
+    generator = torch.Generator().manual_seed(0)
+    lengths = ((heads, several[0].shape[0]), (shared, several[0].shape[1]), (shared, several[0].shape[1]))
+    inputs = [torch.randn(1, h, n, 16, generator=generator).to(DEVICE).requires_grad_() for h, n in lengths]
+    results = []
+    for backend in ("triton", "dense"):
+        output, lse = kron_attention(*inputs, several, backend=backend, return_lse=True)
+        weights = [torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape) for x in (output, lse)]
+        grads = torch.autograd.grad([output, lse], inputs, weights)
+        results.append([output, lse, *grads])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_groups_of_heads_are_one_launch_of_each_kernel(key_heads, monkeypatch):
+    from kronmask.kernels import backward, forward
+
+    grids = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    with monkeypatch.context() as patch:
+        for module, name in (
+            (forward, "forward_kernel"),
+            (backward, "backward_query_kernel"),
+            (backward, "backward_key_kernel"),
+        ):
+            patch.setattr(module, name, Counted(getattr(module, name)))
+        patch.setattr(forward.primitives, "is_interpreted", lambda kernel: INTERPRETED)
+        several = [masks.kmct(3, 7), masks.axial(3, 7), masks.kmt(3, 7), masks.joint(3, 7)]
+        inputs = [
+            torch.randn(1, heads, 21, 16, device=DEVICE, requires_grad=True) for heads in (4, key_heads, key_heads)
+        ]
+        kron_attention(*inputs, several, backend="triton").sum().backward()
+    assert len(grids) == 3
 
 
 class LargestTensor(TorchDispatchMode):

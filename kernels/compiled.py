@@ -1,0 +1,247 @@
+"""Compiles a kernel for a GPU that need not be there, and reads what its machine code uses.
+
+Arguments are specialised as the JIT would: without the knowledge that pointers and strides are multiples of 16 there would be no
+asynchronous copies.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kronmask.kernels import backward, forward, primitives
+from kronmask.kernels.config import Option
+from kronmask.kernels.machine import GPUS, MATRIX, Work, blocks_per_sm, is_instruction, matrix_loops, other_loops, work
+from kronmask.kernels.tiles import LOOPS
+
+__all__ = ["ARCHITECTURES", "TYPES", "Code", "CompiledKernel", "compile_kernel", "read_code"]
+
+# Target, and shared memory that a block may use: CUDA C++ Programming Guide, table of compute capabilities; CDNA 3 has 64 KiB.
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+KERNELS = {
+    "forward": forward.forward_kernel,
+    "backward_query": backward.backward_query_kernel,
+    "backward_key": backward.backward_key_kernel,
+}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+COPIES = r"(LDGSTS|UTMALDG|UBLKCP|(buffer|global)_load\S* .*\blds\b)"
+PRODUCTS = {"forward": 2, "backward_query": 3, "backward_key": 4}  # matrix products of a block
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What one compiled kernel uses.
+
+    Attributes:
+        instructions, matrix_instructions, async_copies: of the hot loop; one turn computes `rows x columns` scores.
+        blocks: how many an SM holds (0 where there is no model of the GPU, as for those below).
+        ideal: cycles of an SM for the products of one turn with the head's own dimensions, at the full rate.
+        loops: the work of one turn of each loop that multiplies matrices, named as in `tiles.LOOPS`.
+        diagonal: the work of one turn of the loop over diagonals, None where there is none.
+        tile: the work of the code in no loop, once a tile (of branches, both sides).
+    """
+
+    arch: str
+    step: str
+    head_dim: int
+    dtype: str
+    mask: str
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    matrix: str
+    instructions: int
+    matrix_instructions: int
+    async_copies: int
+    blocks: int
+    ideal: float
+    loops: dict[str, Work]
+    diagonal: Work | None
+    tile: Work | None
+
+    def share(self, cycles: float) -> float:
+        """Share of the GPU's peak for matrix products when a whole block takes so many cycles."""
+        return self.ideal / cycles
+
+
+def compile_kernel(
+    step: str, option: Option, mask: str, head_dim: int, dtype: torch.dtype, arch: str, **variant: int
+) -> CompiledKernel:
+    """Compiles the variant of a pass that a mask needs ("joint", or "kmt") and reads what it uses.
+
+    `variant` sets compile-time constants of the kernel to other values (`DIAGONALS=2`).
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where there is nothing to compile.
+    """
+    kernel: Any = KERNELS[step]
+    if primitives.is_interpreted(kernel):
+        raise RuntimeError("Triton was imported with TRITON_INTERPRET=1; the report compiles, so unset it")
+    structured = mask != "joint"
+    constants = {
+        "HAS_GRAD_LSE": False,
+        "GROUP": 1,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": primitives.block_dim(head_dim),
+        "BLOCK_M": option.rows,
+        "BLOCK_N": option.columns,
+        "DIAGONALS": int(structured),
+        "TESTED": structured,
+        "PRECISION": "ieee",
+        **variant,
+    }
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], object] = {}
+    attributes: dict[tuple[int], list] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = constants[name]
+            continue
+        signature[name] = _argument_type(name, TYPES[dtype])
+        if signature[name].startswith("*") or (signature[name] == "i32" and not parameter.do_not_specialize):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    target, shared_limit = ARCHITECTURES[arch]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=target,
+        options={"num_warps": option.num_warps, "num_stages": option.num_stages},
+    )
+    code = read_code(compiled, arch, option.num_warps, 2 * option.columns * 64)
+    hot = code.hot_loop
+    matrix = next(
+        (kind for kind, pattern in MATRIX.items() if any(is_instruction(line, pattern) for line in hot)), "none"
+    )
+    ideal = PRODUCTS[step] * 2 * option.rows * option.columns * head_dim
+    return CompiledKernel(
+        arch=arch,
+        step=step,
+        head_dim=head_dim,
+        dtype=TYPES[dtype],
+        mask=mask,
+        rows=option.rows,
+        columns=option.columns,
+        num_warps=option.num_warps,
+        num_stages=option.num_stages,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=shared_limit,
+        matrix=matrix,
+        instructions=sum(not line.endswith(":") for line in hot),
+        matrix_instructions=sum(is_instruction(line, MATRIX.get(matrix, "$^")) for line in hot),
+        async_copies=sum(is_instruction(line, COPIES) for line in hot),
+        blocks=code.blocks,
+        ideal=ideal / GPUS[arch].flop if arch in GPUS else 0.0,
+        loops=dict(zip(LOOPS, code.loops, strict=False)),
+        diagonal=code.others[0] if code.others else None,
+        tile=code.tile,
+    )
+
+
+def _argument_type(name: str, dtype: str) -> str:
+    if name in ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value"):
+        return f"*{dtype}"
+    if name in ("lse", "grad_lse", "delta"):
+        return "*fp32"
+    if name.endswith("_table") or name == "diagonals":
+        return "*i32"
+    return "fp32" if name in ("scale", "log2_scale") else "i32"
+
+
+# ---- machine code ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Code:
+    """What machine code uses: of each loop that multiplies matrices, of the other loops, and of the code in no loop.
+
+    Where there is no model of the GPU, there is no work and no number of blocks.
+    """
+
+    registers: int
+    spilled_bytes: int
+    blocks: int
+    hot_loop: list[str]
+    loops: list[Work]
+    others: list[Work]
+    tile: Work | None
+
+
+def read_code(compiled: Any, arch: str, num_warps: int, box_bytes: int) -> Code:
+    """Reads a kernel that Triton compiled; `box_bytes` is what one copy of the tensor memory accelerator moves."""
+    gpu = GPUS.get(arch)
+    registers, spilled, lines = _nvidia_usage(compiled) if gpu else _amd_usage(compiled)
+    loops = matrix_loops(lines)
+    hot = loops[0] if loops else []
+    if gpu is None:
+        return Code(registers, spilled, 0, hot, [], [], None)
+    others, outside = other_loops(lines)
+    works = [work(loop, gpu, num_warps, box_bytes) for loop in loops]
+    tile = work(outside, gpu, num_warps, box_bytes)
+    if works and works[0].cycles["exp2"]:  # turns that were peeled off the loops (sm_100): the loops turn as much less
+        tile = tile.without(works[0], int(tile.cycles["exp2"] / works[0].cycles["exp2"]))
+    tensor_columns = getattr(compiled.metadata, "tmem_size", 0)
+    blocks = blocks_per_sm(gpu, registers, num_warps, compiled.metadata.shared, tensor_columns)
+    plain = [work(loop, gpu, num_warps, box_bytes) for loop in others]
+    return Code(registers, spilled, blocks, hot, works, plain, tile)
+
+
+def _nvidia_usage(compiled: Any) -> tuple[int, int, list[str]]:
+    """Registers, stack bytes and the lines (labels and instructions) of a CUDA kernel, by the tools in Triton's wheel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output_of(tools / "cuobjdump", "-res-usage", file.name)
+        assembly = _output_of(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers:\n{usage}")
+    lines = []
+    for line in assembly.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)
+        if label:
+            lines.append(label[1] + ":")
+        elif instruction:
+            lines.append(instruction[1])
+    return int(found[1]), int(found[2]), lines
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int, list[str]]:
+    assembly = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return max((int(n) for n in re.findall(rf"\.{field}:\s+(\d+)", assembly)), default=0)
+
+    lines = []
+    for line in assembly.splitlines():
+        text = line.split(";")[0].strip()
+        if re.match(r"\.LBB\w+:", text) or (text and not text.startswith(".") and not text.endswith(":")):
+            lines.append(re.sub(r"\s+", " ", text))
+    return number("vgpr_count"), 4 * number("vgpr_spill_count"), lines
+
+
+def _output_of(*command: str | Path) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
