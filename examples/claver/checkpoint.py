@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import Config, ModelConfig
@@ -59,7 +59,9 @@ def save_checkpoint(
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with written(path) as partial:
-        save_file(tensors, partial, metadata)
+        partial.write_bytes(
+            save(tensors, metadata)
+        )  # save_file has a file of its own beside it, which a kill would leave
 
 
 @contextmanager
@@ -188,6 +190,8 @@ def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConf
     theirs = to_dict(Config())["model"] | {"frames": config.frames} | stored
     ours = to_dict(Config(model=config))["model"]
     binding = [name for name in BINDING if name != "attention" or name in stored]
+    if theirs["name"] == "official":
+        binding.remove("name")  # of an official one that does not say its architecture
     if config.placement == "append" and None in (theirs["layers"], ours["layers"]):
         binding.remove("layers")  # a default is found in the weights, and they must fit anyway
     pairs = [(name, theirs[name], ours[name]) for name in ("frames", *binding)]

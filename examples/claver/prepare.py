@@ -20,7 +20,7 @@ from .lists import Sample
 from .model import Claver, build_model, describe_trained, freeze
 from .prompt_choice import choose_prompts
 from .prompts import tokenize
-from .run_folder import BEST, empty, load_pair, saved_steps, weights_of
+from .run_folder import BEST, clean, load_pair, saved_steps, weights_of
 from .state import TrainState, check_same_run
 from .step import TrainStep
 from .text import TrainingTexts
@@ -77,7 +77,7 @@ def prepare(
             f"train.batch_size is global: {settings.batch_size} is no multiple of {accelerator.num_processes} processes "
             f"* {settings.accumulate} accumulated steps"
         )
-    first = _open_folder(folder, accelerator, resume=resume, overwrite=overwrite)
+    first = _open_folder(folder, accelerator, keep=settings.keep, resume=resume, overwrite=overwrite)
 
     classes = read_labels(data.labels)
     train = read_videos(data.train_list, data.root, classes)
@@ -197,7 +197,7 @@ def pass_over(broken: BrokenFiles, problems: Sequence[tuple[str, str]], say: Cal
         say(f"skipping {name}: {reason}")
 
 
-def _open_folder(folder: Path, accelerator: Accelerator, *, resume: bool, overwrite: bool) -> int | None:
+def _open_folder(folder: Path, accelerator: Accelerator, *, keep: int, resume: bool, overwrite: bool) -> int | None:
     """Make the folder of a run; the step of the checkpoint to go on from, the same on all processes."""
     steps, best = saved_steps(folder), (folder / BEST).exists()
     if (steps or best) and not (resume or overwrite):
@@ -207,7 +207,7 @@ def _open_folder(folder: Path, accelerator: Accelerator, *, resume: bool, overwr
     (first,) = broadcast_object_list([steps[-1] if steps and resume else None])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        empty(folder, checkpoints=not resume)
+        clean(folder, keep=keep if resume else 0)
     return first
 
 

@@ -21,7 +21,7 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint, writt
 from .config import Config
 from .files import PARTIAL
 
-__all__ = ["BEST", "empty", "load_pair", "save_pair", "saved_steps", "weights_of"]
+__all__ = ["BEST", "clean", "load_pair", "save_pair", "saved_steps", "weights_of"]
 
 BEST = "best.safetensors"
 STATE_FORMAT = "kronmask-claver-state-2"
@@ -84,13 +84,17 @@ def load_pair(folder: str | Path, step: int) -> tuple[dict[str, Any], dict[str, 
     return content, state
 
 
-def empty(folder: str | Path, *, checkpoints: bool) -> None:
-    """Remove what killed processes left half written and, if asked, the checkpoints."""
+def clean(folder: str | Path, *, keep: int) -> None:
+    """Remove what killed processes left, half written or not yet removed, and all but the last `keep` checkpoints.
+
+    With none to keep the best weights go, too.
+    """
     folder = Path(folder)
     for path in folder.glob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
-    if checkpoints:
-        _remove(folder, saved_steps(folder))
+    steps = saved_steps(folder)
+    _remove(folder, steps[: max(0, len(steps) - keep)])
+    if not keep:
         (folder / BEST).unlink(missing_ok=True)
     for path in folder.glob("step_*.safetensors"):  # of a process that was killed before it wrote the state
         if not path.with_suffix(_STATE).exists():

@@ -90,12 +90,12 @@ class _Loop:
     def __init__(self, config: Config, accelerator: Accelerator, prepared: Prepared, title: str) -> None:
         self.config, self.accelerator, self.title = config, accelerator, title
         self.folder, self.main = Path(config.run_dir), accelerator.is_main_process
-        self.all, self.state, self.saved = prepared, prepared.state, prepared.saved
+        self.prepared, self.state, self.saved = prepared, prepared.state, prepared.saved
         self.replaced = 0  # clips of broken videos, in this epoch
 
     def run(self, bar_position: int | None) -> Run:
         """All steps that are left."""
-        state, accelerator, total = self.state, self.accelerator, self.all.total
+        state, accelerator, total = self.state, self.accelerator, self.prepared.total
         if self.main:
             with written(self.folder / "config.json") as partial:
                 partial.write_text(json.dumps(to_dict(self.config), indent=2))
@@ -115,28 +115,28 @@ class _Loop:
                 raise Stopped(f"stopped after step {self.saved} of {total}; {how}") from error
         for tracker in accelerator.trackers:  # end_training would end the processes' connection, too
             tracker.finish()
-        return Run(self.folder, state.evaluated_model(), self.all.tokens, state.history)
+        return Run(self.folder, state.evaluated_model(), self.prepared.tokens, state.history)
 
     def _epoch(self, bar: Any, signals: StopSignals) -> None:
         """The steps that are left of an epoch."""
         config, state = self.config, self.state
-        epoch, begun = divmod(state.step, self.all.per_epoch)
-        set_epoch(self.all.loader, epoch, skip=begun * config.train.accumulate)
-        batches, recent = iter(self.all.loader), []
-        for _ in range(begun, self.all.per_epoch):
-            result = self.all.step(batches, stop=signals.requested)
+        epoch, begun = divmod(state.step, self.prepared.per_epoch)
+        set_epoch(self.prepared.loader, epoch, skip=begun * config.train.accumulate)
+        batches, recent = iter(self.prepared.loader), []
+        for _ in range(begun, self.prepared.per_epoch):
+            result = self.prepared.step(batches, stop=signals.requested)
             recent.append(result)
             bar.update()
             self.replaced += len(result.errors)
-            pass_over(self.all.broken, result.errors, bar.write)
-            ends = state.step % self.all.per_epoch == 0
+            pass_over(self.prepared.broken, result.errors, bar.write)
+            ends = state.step % self.prepared.per_epoch == 0
             if state.step % LOG_EVERY == 0 or ends:
                 self._log({"loss": result.loss, "lr": result.lr})
                 bar.set_postfix_str(_speed(recent, config.train.batch_size))
                 recent = []
             if ends and config.data.broken == "skip":
                 self._count_broken(bar, f"{self.title}, epoch {epoch + 1}")
-            if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.all.total):
+            if ends and ((epoch + 1) % config.train.evaluate_every == 0 or state.step == self.prepared.total):
                 self._evaluate(bar, f"{self.title}, epoch {epoch + 1}: loss {result.loss:.3f}")
             every = config.train.save_every
             if ends or result.stop or (every and state.step % every == 0):
@@ -146,14 +146,13 @@ class _Loop:
 
     def _count_broken(self, bar: Any, title: str) -> None:
         """Say how many clips of an epoch were replaced."""
+        broken = self.prepared.broken
         # the same for all processes, so that all stop or none
-        self.all.broken.add(
-            [problem for part in gather_object([list(self.all.broken.reasons.items())]) for problem in part]
-        )
+        broken.add([problem for part in gather_object([list(broken.reasons.items())]) for problem in part])
         replaced, self.replaced = sum(gather_object([self.replaced])), 0
         bar.write(
-            f"{title}: {replaced} clips of broken videos were replaced; {len(self.all.broken.reasons)} of "
-            f"{self.all.broken.expected} videos are missing or broken"
+            f"{title}: {replaced} clips of broken videos were replaced; {len(broken.reasons)} of {broken.expected} videos are "
+            "missing or broken"
         )
 
     def _evaluate(self, bar: Any, title: str) -> None:
@@ -161,15 +160,19 @@ class _Loop:
         state = self.state
         model = state.evaluated_model()
         broken = self.config.test.broken
-        top1 = evaluate(model, self.all.middle, self.all.tokens, self.accelerator, broken=broken, progress=None).top(1)
+        top1 = evaluate(
+            model, self.prepared.middle, self.prepared.tokens, self.accelerator, broken=broken, progress=None
+        ).top(1)
         self._log({"top1": top1})
         bar.write(f"{title}, top-1 of the middle view {top1:.3f}")
         if top1 > state.best:
             state.best = top1
             self._check_finite(weights := state.weights(averaged=True))
             if self.main:
-                place = {"epoch": state.step // self.all.per_epoch, "step": state.step}
-                save_checkpoint(self.folder / BEST, weights, self.config, self.all.classes, self.all.prompts, **place)
+                place = {"epoch": state.step // self.prepared.per_epoch, "step": state.step}
+                save_checkpoint(
+                    self.folder / BEST, weights, self.config, self.prepared.classes, self.prepared.prompts, **place
+                )
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.history.append({"step": self.state.step, **values})
@@ -189,9 +192,9 @@ class _Loop:
                 self.folder,
                 weights,
                 self.config,
-                self.all.classes,
-                self.all.prompts,
-                epoch=state.step // self.all.per_epoch,
+                self.prepared.classes,
+                self.prepared.prompts,
+                epoch=state.step // self.prepared.per_epoch,
                 step=state.step,
                 state=rest,
                 keep=self.config.train.keep,

@@ -13,14 +13,14 @@ from claver.checkpoint import load_checkpoint
 from claver.run_folder import load_pair, saved_steps, weights_of
 from small import small_config
 
-KILLS, STEPS = 20, 32
+KILLS, STEPS, EPOCH = 20, 24, 12
 
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """A run of 2 epochs of 16 steps, with all that must be carried from one step to the next, and how long it takes."""
+    """A run of 2 epochs of 12 steps, with all that must be carried from one step to the next, and how long it takes."""
     folder = tmp_path_factory.mktemp("killed")
-    config = small_config(folder, num_train=32, num_test=4, run="whole", batch_size=2, ema=0.9, save_every=2)
+    config = small_config(folder, num_train=24, num_test=4, run="whole", batch_size=2, ema=0.9, save_every=2)
     start = time.perf_counter()
     assert server.wait(server.start(config, folder / "log.txt")) == 0, log_of(folder)
     return config, time.perf_counter() - start
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_was
             if status:
                 moments.pop()
                 left_behind += any(name.endswith(".partial") for name in os.listdir(folder))
-                inside += any(step % 16 for step in saved_steps(folder))
+                inside += any(step % EPOCH for step in saved_steps(folder))
             elif kind == "time":
                 moments[-1] = (kind, moment / 2)  # it came too late
             resume = resume or folder.exists()
@@ -93,9 +93,9 @@ def test_a_run_that_is_asked_to_stop_keeps_its_last_step_and_says_how_to_go_on(s
     os.killpg(process, number)  # as a terminal does: the workers of the data are asked, too
     assert server.wait(process) == 130, log_of(tmp_path)
     (step,) = saved_steps(folder)
-    assert step % 16
+    assert 0 < step < STEPS
     last = log_of(tmp_path).splitlines()[-1]
-    assert last == f"stopped after step {step} of 32; go on with the same command and --resume"
+    assert last == f"stopped after step {step} of {STEPS}; go on with the same command and --resume"
     assert "Traceback" not in log_of(tmp_path)
     assert load_pair(folder, step)[1]["step"] == step
     assert server.wait(server.start(settings, tmp_path / "log.txt", resume=True)) == 0, log_of(tmp_path)

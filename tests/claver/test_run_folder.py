@@ -11,7 +11,7 @@ import torch
 from claver import run_folder
 from claver.checkpoint import CheckpointError
 from claver.config import Config
-from claver.run_folder import empty, load_pair, save_pair, saved_steps, weights_of
+from claver.run_folder import clean, load_pair, save_pair, saved_steps, weights_of
 from small import small_model
 
 WEIGHTS = {"a": torch.arange(1000.0)}
@@ -70,9 +70,15 @@ def test_weights_without_a_state_and_parts_of_files_are_no_checkpoint_and_go_at_
     (tmp_path / "step_00000003.safetensors.77.partial").write_bytes(b"half")
     (tmp_path / "history.jsonl").write_text("")
     assert saved_steps(tmp_path) == [1]
-    empty(tmp_path, checkpoints=False)
+    clean(tmp_path, keep=1)
     assert names(tmp_path) == sorted(["history.jsonl", *pair(1)])
-    empty(tmp_path, checkpoints=True)
+    save(tmp_path, 4)
+    clean(tmp_path, keep=2)
+    assert saved_steps(tmp_path) == [1, 4]
+    clean(tmp_path, keep=1)  # of a process that was killed before it removed the other
+    assert names(tmp_path) == sorted(["history.jsonl", *pair(4)])
+    (tmp_path / "best.safetensors").write_bytes(b"")
+    clean(tmp_path, keep=0)
     assert names(tmp_path) == ["history.jsonl"]
 
 
