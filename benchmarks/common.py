@@ -44,8 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 CAN_MEASURE_A_PROCESS = Path("/proc/self/clear_refs").exists()
 """Whether the system tells the peak of a process's memory."""
 
-PACKAGES = ("kronmask", "torch", "torchvision", "triton", "flash-attn-4", "flash-attn-3", "timm", "open_clip_torch", "transformers",
-            "accelerate", "av", "torchcodec", "opencv-python-headless", "decord")  # fmt: skip
+PACKAGES = ("kronmask", "torch", "torchvision", "triton", "flash-attn-4", "flash-attn-3", "timm", "open_clip_torch",
+            "transformers", "accelerate", "av", "torchcodec", "opencv-python-headless", "decord")  # fmt: skip
 
 
 # ---- where a number comes from --------------------------------------------------------------------------------------
