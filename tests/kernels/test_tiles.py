@@ -1,6 +1,7 @@
 """Tiles cover each query row once and each allowed pair once, and visit little more than the mask's area."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -119,6 +120,42 @@ def test_the_numbers_of_the_design():
     assert visits("kmct", 197, square, "packed") == pytest.approx(0.472, abs=5e-4)
     assert visits("kmt", 197, tall, "frame") > 1.08
     assert visits("kmt", 257, tall, "frame") > 1.2
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(Blocks(32, 32), 2.5), (Blocks(64, 64), 4.0)])
+def test_a_neighborhood_visits_a_few_times_its_area(blocks, most):
+    """Rows of 8 frames share 64 rows of a tile at 8 positions, which see 3 rows of 10 patches: 3.7 x what each of them sees."""
+    mask = masks.neighborhood(8, 196)
+    assert mask.density < 0.05
+    visits = make_tiling(mask, blocks, choose_tiling(mask, (blocks,))[0]).visits
+    assert visits * blocks.rows * blocks.columns <= most * mask.num_pairs
+
+
+def test_few_blocks_are_tested_pair_by_pair():
+    """Of KMT at 128 rows a tile, those with what the whole blocks of the frames that share a tile leave over."""
+    tiling = make_tiling(masks.kmt(8, 197), Blocks(128, 64), "packed")
+    visits = Counter()
+    for tile in tiling.tiles:
+        visits.update(tile.visits_by_loop(64))
+    assert sum(visits.values()) == tiling.visits
+    assert visits["tested"] <= 0.04 * tiling.visits
+    assert visits["edges"] <= 0.05 * tiling.visits
+
+
+def test_tables_of_several_masks_are_those_of_each_with_its_group():
+    several, blocks = (masks.kmct(3, 10), masks.axial(3, 10), masks.kmt(3, 10)), Blocks(8, 8)
+    together = make_tables(several, blocks, "packed", torch.device("cpu"))
+    groups = together.tiles.view(-1, 10)[:, 9]
+    for group, mask in enumerate(several):
+        alone = make_tables((mask,), blocks, choose_tiling(mask, (blocks,))[0], torch.device("cpu"))
+        of_group = together.rows.view(-1, 8)[groups == group]
+        assert torch.equal(of_group, alone.rows.view(-1, 8))
+        shifts = [
+            tables.diagonals.view(-1, tables.num_diagonals)[tables.lists.view(-1, 8)[tiles]]
+            for tables, tiles in ((together, groups == group), (alone, slice(None)))
+        ]
+        assert torch.equal(shifts[0][..., : alone.num_diagonals], shifts[1])
+        assert (shifts[0][..., alone.num_diagonals :] == tiles.ABSENT).all()
 
 
 def test_late_frames_come_first():
