@@ -1,10 +1,11 @@
 """Which layout, block sizes, warps and pipeline stages each kernel runs with.
 
-A table gives, for an architecture, head dimension and precision, one or two block sizes. For head dimensions 64 and 128 in
-bfloat16 these compile without spilled registers and fit in shared memory, which `python -m kronmask.kernels.report` shows and a
-test holds; other head dimensions are filled up to a power of two, and some of their kernels spill. The cost model of `tiles` then
-picks among the options and the layouts for the mask at hand. The table rests on compiled code, not on timings: on a GPU its
-options are timed once for each mask and shape, and the fastest is kept on disk (see `kronmask.tuning`).
+A table gives, for an architecture, head dimension and precision, one or two block sizes, the best of a search by modelled cost
+(`python -m kronmask.kernels.search`). For head dimensions 64, 80, 96 and 128 in bfloat16 they compile without spilled registers
+and fit in shared memory, which `python -m kronmask.kernels.report` shows and a test holds; other head dimensions are filled up to
+a power of two, and some of their kernels spill. The cost model of `tiles` then picks among the options and the layouts for the
+mask at hand. The table rests on compiled code, not on timings: on a GPU its options are timed once for each mask and shape, and
+the fastest is kept on disk (see `kronmask.tuning`).
 """
 
 from __future__ import annotations
@@ -52,19 +53,19 @@ Row = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages of e
 # For each architecture: pass, then for head dimensions up to 64, 128 and 256 the options in half precision.
 TABLE: dict[str, dict[str, tuple[Row, Row, Row]]] = {
     "sm_80": {
-        "forward": (((128, 64, 8, 3), (64, 64, 4, 3)), ((64, 64, 8, 2),), ((64, 32, 8, 2),)),
-        "backward_query": (((128, 64, 8, 2), (64, 64, 8, 2)), ((64, 64, 8, 2),), ((32, 32, 8, 1),)),
-        "backward_key": (((64, 32, 4, 2),), ((64, 32, 8, 2),), ((32, 32, 8, 1),)),
+        "forward": (((128, 32, 4, 2), (64, 64, 4, 2)), ((128, 32, 8, 2),), ((64, 32, 8, 2),)),
+        "backward_query": (((128, 32, 4, 2), (64, 64, 4, 2)), ((64, 128, 8, 2),), ((32, 32, 8, 1),)),
+        "backward_key": (((64, 32, 4, 2),), ((64, 64, 8, 2),), ((32, 32, 8, 1),)),
     },
     "sm_90": {
-        "forward": (((128, 64, 8, 3), (64, 64, 4, 3)), ((128, 64, 8, 3), (64, 64, 4, 2)), ((64, 32, 8, 2),)),
-        "backward_query": (((128, 64, 8, 2), (64, 64, 4, 2)), ((64, 64, 8, 2),), ((64, 32, 8, 1),)),
-        "backward_key": (((64, 32, 4, 2),), ((64, 32, 8, 2),), ((64, 32, 8, 1),)),
+        "forward": (((128, 64, 4, 2), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 4, 2)), ((64, 32, 8, 2),)),
+        "backward_query": (((64, 64, 4, 2),), ((128, 64, 8, 2),), ((64, 32, 8, 1),)),
+        "backward_key": (((64, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
     },
     "sm_100": {
-        "forward": (((128, 64, 8, 3), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 8, 2)), ((64, 32, 8, 2),)),
-        "backward_query": (((64, 64, 4, 2),), ((64, 64, 8, 2),), ((64, 32, 8, 1),)),
-        "backward_key": (((128, 64, 8, 3), (64, 64, 4, 2)), ((64, 32, 8, 2),), ((64, 32, 8, 1),)),
+        "forward": (((128, 128, 8, 2), (64, 64, 4, 2)), ((128, 64, 8, 2),), ((64, 32, 8, 2),)),
+        "backward_query": (((128, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
+        "backward_key": (((128, 32, 4, 2),), ((64, 64, 8, 2),), ((64, 32, 8, 1),)),
     },
     "gfx942": {
         "forward": (((128, 64, 4, 1), (64, 64, 4, 1)), ((64, 64, 4, 1),), ((64, 32, 4, 1),)),
