@@ -296,7 +296,8 @@ def _pieces(lists: dict[int, tuple[Range, ...]]) -> list[tuple[int, int, tuple[i
         for start, stop in ranges:
             bounds.setdefault(start, (set(), set()))[0].add(i)
             bounds.setdefault(stop, (set(), set()))[1].add(i)
-    pieces, inside = [], set()
+    pieces: list[tuple[int, int, tuple[int, ...]]] = []
+    inside: set[int] = set()
     cuts = sorted(bounds)
     for start, stop in pairwise(cuts):
         begin, end = bounds[start]

@@ -70,7 +70,7 @@ def kron_attention(
         query: `(B, Hq, Lq, D)`, float32, float16 or bfloat16 (float64 in `dense`), any strides.
         key, value: `(B, Hkv, Lk, D)`, Hq a multiple of Hkv (grouped-query attention), same dtype and device.
         mask: of shape `(Lq, Lk)`; or several of that shape, which divide the heads into equal groups in order, each under its
-            own mask.
+            own mask: one call of the operator, and in "triton" one launch, if they are of the same frames and tokens.
         scale: factor on the scores, `D ** -0.5` by default.
         backend: "triton" (the fused kernels), "sdpa" (torch's flash kernels on the mask's rectangles, merged by log-sum-exp),
             "flex" (FlexAttention), "dense" (the plain reference), or "auto".

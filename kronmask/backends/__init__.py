@@ -3,7 +3,8 @@
 `refusal(query, key, mask)` says in words why the backend cannot take these inputs, or returns None.
 `forward(query, key, value, mask, scale)` returns the output, physically `(B, L, H, D)`, and the LSE `(B, H, L)`.
 `backward(grad_output, grad_lse, query, key, value, output, lse, mask, scale)` returns the three gradients, physically
-`(B, L, H, D)`; `grad_lse` may be None.
+`(B, L, H, D)`; `grad_lse` may be None. A mask for each group of heads is `groups`, which calls these for each group, or `triton`
+for all at once.
 """
 
 from __future__ import annotations

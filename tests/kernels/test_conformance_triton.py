@@ -139,6 +139,15 @@ def test_the_kernels_agree_with_float64_on_random_masks(mask, row):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["kmt", "kmct"])
+def test_the_kernels_agree_with_float64_where_frames_share_a_tile(name, monkeypatch):
+    """Of 20 rows of keys that one frame of the tile sees and another does not, 16 are a block and 4 are tested."""
+    row = {"head_dim": 16, "dtype": torch.float32, "layout": "packed", "heads": (1, 1), "batch": 1}
+    row |= {"grad_lse": True, "kind": "packed", "blocks": (32, 16)}
+    check(masks.NAMES[name](4, 20), row, monkeypatch)
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", ["token", "frame", "packed"])
 def test_the_kernels_agree_with_float64_on_packed_clips(kind, monkeypatch):
     clips = [masks.kmt(3, 7), masks.axial(2, 7), masks.neighborhood(1, 7, grid=(2, 3)), masks.kmct(4, 7)]
@@ -256,6 +265,24 @@ def test_groups_of_heads_are_one_launch_of_each_kernel(key_heads, monkeypatch):
         ]
         kron_attention(*inputs, several, backend="triton").sum().backward()
     assert len(grids) == 3
+
+
+@needs_kernels
+def test_hidden_keys_with_large_scores_change_nothing(monkeypatch):
+    """Each frame's own keys, which it does not see, have scores 225 higher than all that it sees."""
+    from kronmask.kernels import backward, forward
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "choose", forced("packed", (32, 16)))
+    mask = ~masks.spatial(4, 20)
+    frames = 30 * torch.eye(16)[:4].repeat_interleave(20, 0)
+    inputs = [x[None, None].to(DEVICE).requires_grad_() for x in (frames, frames.clone(), torch.randn(80, 16))]
+    results = []
+    for backend in ("triton", "dense"):
+        output, lse = kron_attention(*inputs, mask, backend=backend, return_lse=True)
+        results.append([output, lse, *torch.autograd.grad(output.square().sum() + lse.sum(), inputs)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 class LargestTensor(TorchDispatchMode):
