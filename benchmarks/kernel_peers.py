@@ -168,15 +168,9 @@ def generated(mask_name: str, frames: int, tokens: int, head_dim: int, sources: 
         tables = [
             torch.empty(1, 1, *shape, dtype=torch.int32, device="cuda") for shape in [(number,), (number, number)] * 2
         ]
+        counts, index, full_counts, full_index = tables
         block_mask = BlockMask.from_kv_blocks(
-            tables[0],
-            tables[1],
-            tables[2],
-            tables[3],
-            BLOCK_SIZE=FLEX_BLOCK,
-            mask_mod=mask_mod,
-            seq_lengths=(length, length),
-            compute_q_blocks=False,
+            counts, index, full_counts, full_index, FLEX_BLOCK, mask_mod, (length, length), compute_q_blocks=False
         ).as_tuple()
         options: dict[str, Any] = {"WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "BACKEND": "TRITON"}
         options |= dict.fromkeys(("PRESCALE_QK", "ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS", "OUTPUT_MAX"), False)
