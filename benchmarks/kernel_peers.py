@@ -120,7 +120,7 @@ def pretend(arch: str) -> list[str]:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.async_compile import AsyncCompile
 
-    answers = {
+    answers: dict[Any, dict[str, Any]] = {
         torch.cuda: {"get_device_properties": properties, "get_device_capability": (major, minor), "is_available": True,
                      "current_device": 0, "device_count": 1, "_lazy_init": None, "get_device_name": arch, "synchronize": None,
                      "_exchange_device": 0, "_maybe_exchange_device": 0, "set_rng_state": None,
@@ -148,7 +148,7 @@ def pretend(arch: str) -> list[str]:
         sources.append(source)
         raise GeneratedError
 
-    AsyncCompile.triton = take
+    AsyncCompile.triton = take  # type: ignore[method-assign, assignment]
     return sources
 
 
@@ -162,17 +162,18 @@ def generated(mask_name: str, frames: int, tokens: int, head_dim: int, sources: 
     sys.modules["torch._higher_order_ops.flex_attention"]._permute_strides = lambda out, strides: out  # type: ignore[attr-defined]
     mask = masks.NAMES[mask_name](frames, tokens)
     length, number = mask.shape[0], -(-mask.shape[0] // FLEX_BLOCK)
-    mask_mod = mask.mask_mod() if mask_name == "joint" else FLEX_MODS[mask_name](tokens)
+    mask_mod = FLEX_MODS[mask_name](tokens)
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v = (torch.empty(1, 12, length, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
         tables = [
             torch.empty(1, 1, *shape, dtype=torch.int32, device="cuda") for shape in [(number,), (number, number)] * 2
         ]
+        counts, index, full_counts, full_index = tables
         block_mask = BlockMask.from_kv_blocks(
-            *tables, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length), compute_q_blocks=False
+            counts, index, full_counts, full_index, FLEX_BLOCK, mask_mod, (length, length), compute_q_blocks=False
         ).as_tuple()
-        options = dict.fromkeys(("PRESCALE_QK", "ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS", "OUTPUT_MAX"), False)
-        options |= {"WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "BACKEND": "TRITON"}
+        options: dict[str, Any] = {"WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "BACKEND": "TRITON"}
+        options |= dict.fromkeys(("PRESCALE_QK", "ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS", "OUTPUT_MAX"), False)
 
         def attention(q: Any, k: Any, v: Any, *tables: Any) -> Any:
             given = iter(tables)

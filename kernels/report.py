@@ -207,7 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{'arch':8}{'pass':16}{'D':>4} {'mask':6}{'option':>13}{'registers':>10}{'spilled':>8}{'shared memory':>18} "
         f"{'matrix':8}{'hot loop':>9}{'copies':>7}{'blocks':>7}{'overlapped':>11}{'in turn':>8}{'estimated':>10}"
     )
-    stored, costs = [], []
+    stored: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
     for arch in options_.arch:
         for head_dim in options_.head_dim:
             compiled = list(kernel_reports([arch], [head_dim], dtype))

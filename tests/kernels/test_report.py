@@ -116,7 +116,7 @@ def test_default_configurations_use_the_hardware(row):
     assert row["async_copies"] > 0
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("arch", MODELLED)
 def test_every_default_is_stored_for_both_kinds_of_mask(arch, head_dim):
     expected = [
