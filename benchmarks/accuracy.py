@@ -134,14 +134,13 @@ def _run(name: str, folder: Path, dataset: MotionDataset, seed: int, epochs: int
             "gflops": count_flops(model) / 1e9,
         }
         start = time.perf_counter()
-        run = train(config, model=model, overwrite=True)
+        try:
+            run = train(config, model=model, overwrite=True)
+        finally:  # its checkpoints say one mask for all blocks: "divided" has two
+            for checkpoint in (*run_dir.glob("*.safetensors"), *run_dir.glob("*.pt")):
+                checkpoint.unlink()
         seconds = time.perf_counter() - start
         evaluation = run_evaluation(config, run.model, run.tokens)
-    for checkpoint in (
-        *run_dir.glob("*.safetensors"),
-        *run_dir.glob("*.pt"),
-    ):  # they say one mask for all blocks: "divided" has two
-        checkpoint.unlink()
     scores = {"top1": evaluation.top(1), "top5": evaluation.top(5), "steps": run.history[-1]["step"]}
     return {**scores, "seconds": round(seconds, 1), **sizes}
 

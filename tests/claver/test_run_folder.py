@@ -2,9 +2,12 @@
 
 import os
 import resource
+import shutil
 import signal
 import stat
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,13 +112,18 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_before_and_nothing_else
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_and_left_as_it_was(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
+def test_a_folder_that_cannot_be_written_to_is_named_and_left_as_it_was():
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    try:
+        check_a_closed_folder(folder)
+    finally:
+        folder.chmod(stat.S_IRWXU)
+        shutil.rmtree(folder)
+
+
+def check_a_closed_folder(folder):
     save(folder, 1)
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(path.stat().st_mode | 0o055)
     child = os.fork()
     if child == 0:  # root may write anywhere
         try:
