@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import math
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         content = {
             "command": " ".join(["python -m kronmask.kernels.search", *(arguments or sys.argv[1:])]),
             "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.system()} {platform.machine()}; compiled here for GPUs that need not be, and not run",
             "versions": {"triton": triton.__version__},
             "rows": rows,
         }
