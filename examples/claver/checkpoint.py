@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .model import Claver, build_model
 from .official import describe_official, from_official, is_official, read_pickle
 from .settings import from_dict, to_dict
 
-__all__ = ["CheckpointError", "load_checkpoint", "load_model", "save_checkpoint", "written"]
+__all__ = ["CheckpointError", "load_checkpoint", "load_model", "model_of", "save_checkpoint", "written"]
 
 FORMAT = "kronmask-claver-2"  # safetensors
 OLD_FORMAT = "kronmask-claver-1"  # a torch.save of the weights, the optimizer's state and all the rest
@@ -155,6 +156,18 @@ def load_model(
             mask, without a `config`; weights that do not fit the model.
     """
     content = load_checkpoint(path)
+    return model_of(content, path, config, force=force, any_frames=any_frames), content
+
+
+def model_of(
+    content: dict[str, Any],
+    path: str | Path,
+    config: Config | None = None,
+    *,
+    force: bool = False,
+    any_frames: bool = False,
+) -> Claver:
+    """The model of what `load_checkpoint` gave for `path`, in evaluation mode; the rest is as in `load_model`."""
     stored = content["config"]
     if config is None:
         if "attention" not in stored["model"]:
@@ -172,12 +185,12 @@ def load_model(
         )
         warnings.warn(f"{path}: was trained on {frames} frames and gets {config.model.frames}: {how}", stacklevel=2)
     # the weights are at hand: nothing is to be downloaded
-    model = build_model(from_dict(to_dict(config) | {"model": to_dict(config)["model"] | {"pretrained": None}}).model)
+    model = build_model(replace(config.model, pretrained=None))
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the weights do not fit the model {config.model.name}: {error}") from error
-    return model.eval(), content
+    return model.eval()
 
 
 # what changes a model's outputs without a trace in the shapes of its weights, or had better be named than found there

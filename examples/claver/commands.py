@@ -112,7 +112,7 @@ def _evaluate(
         videos = read_videos(config.data.test_list, config.data.root, choice.classes)
         header = _header(config, choice) | {"list": videos.hash}
         this_process().print(f"{split or 'test'}: {len(videos.samples)} videos; {json.dumps(header)}", file=sys.stderr)
-        evaluation = run_evaluation(config, model, tokens_of(choice.prompts, model), choice.classes)
+        evaluation = run_evaluation(config, model, tokens_of(choice.prompts, model), choice.classes, videos.samples)
         results[split] = numbers(evaluation)
         for name, reason in evaluation.broken:
             this_process().print(f"counted as wrong: {name}: {reason}", file=sys.stderr)

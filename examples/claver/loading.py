@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import check_demo_checkpoint
-from .checkpoint import CheckpointError, load_checkpoint, load_model
+from .checkpoint import CheckpointError, load_checkpoint, model_of
 from .command_line import Given
 from .config import Config
 from .hub import fetch
@@ -38,13 +38,14 @@ def open_checkpoint(name: str, given: Given, *, force: bool = False) -> Loaded:
     """
     check_demo_checkpoint(name)
     path = fetch(name)
-    settings = merge(load_checkpoint(path)["config"], given.values)
+    content = load_checkpoint(path)
+    settings = merge(content["config"], given.values)
     if "attention" not in settings["model"]:
         raise CheckpointError(
             f"{path}: an official checkpoint that does not say which mask it has; pass --model.attention"
         )
     config = from_dict(settings, str(path))
-    model, content = load_model(path, config, force=force)
+    model = model_of(content, path, config, force=force)
     return Loaded(model.to("cuda" if torch.cuda.is_available() else "cpu"), content, config)
 
 

@@ -17,6 +17,7 @@ from .checkpoint import save_checkpoint, written
 from .config import Config
 from .data import read_labels, set_epoch
 from .evaluate import Evaluation, evaluate
+from .lists import Sample
 from .model import Claver
 from .prepare import Prepared, pass_over, prepare, test_loader, tokens_of
 from .processes import StopSignals, end_together, start_processes
@@ -210,9 +211,15 @@ class _Loop:
             )
 
 
-def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
+def run_evaluation(
+    config: Config,
+    model: Claver,
+    tokens: Tensor,
+    classes: Sequence[str] | None = None,
+    samples: list[Sample] | None = None,
+) -> Evaluation:
     """Evaluate a model multi-view on the test list of a configuration; `classes` are those of `tokens (A, C, context)`,
-    by default of `data.labels`.
+    by default of `data.labels`, and `samples` those of the list, where it was read already.
 
     Raises:
         ValueError: another number of classes than the texts have.
@@ -222,7 +229,8 @@ def run_evaluation(config: Config, model: Claver, tokens: Tensor, classes: Seque
     classes = read_labels(config.data.labels) if classes is None else classes
     if len(classes) != tokens.shape[1]:
         raise ValueError(f"{len(classes)} classes, but texts of {tokens.shape[1]}; are data.labels those of the texts?")
-    samples = read_videos(config.data.test_list, config.data.root, classes).samples
+    if samples is None:
+        samples = read_videos(config.data.test_list, config.data.root, classes).samples
     if config.test.broken == "refuse":
         check_files(samples)
     loader = test_loader(config, samples, accelerator, clips=config.test.clips, crops=config.test.crops)
