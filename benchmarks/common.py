@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from kronmask.tuning import HEAD_START
+
 __all__ = [
     "CAN_MEASURE_A_PROCESS",
     "RESULTS",
@@ -182,7 +184,8 @@ def interleaved(
 
     Args:
         calls: what to time, by name. A call that is shorter than `shortest` seconds is repeated within a round (CPU only).
-        device: on "cuda" the time is that between two events, after the L2 cache was overwritten.
+        device: on "cuda" the time is that between two events, after the L2 cache was overwritten and the GPU kept busy, so that
+            the host's launching does not count where it can run ahead.
         rounds, warmup: counted rounds, and calls of each before them that are not counted.
         around: what a call runs inside of, by name; entering and leaving it is not timed.
     """
@@ -218,6 +221,7 @@ def _cuda_seconds(device: torch.device) -> Callable[[Callable[[], object], int],
     def timed(call: Callable[[], object], _: int) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cache.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         call()
         stop.record()

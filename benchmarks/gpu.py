@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["XDG_CACHE_HOME"] = folder  # four processes on one GPU time badly: nobody should find their choices
         command = [sys.executable, "-m", "pytest", "-n", "4", f"--junitxml={report}", *SUITES]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if not report.exists():
@@ -91,11 +92,17 @@ def _choose(path: Path, device: torch.device) -> int:
     """Lets `auto` measure anew and writes what it takes to a file; returns how many choices there are."""
     for variable in ("KRONMASK_AUTOTUNE", "KRONMASK_AUTOTUNE_FILE"):
         os.environ.pop(variable, None)
+    users = os.environ.pop("XDG_CACHE_HOME", None)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        for (frames, tokens), mask_name in product(attn_speed.CUDA["shapes"], ("kmt", "kmct")):
-            _passes(masks.NAMES[mask_name](frames, tokens), 64, "auto", device)
-        return tuning.export(path)
+        try:
+            for (frames, tokens), mask_name in product(attn_speed.CUDA["shapes"], ("kmt", "kmct")):
+                _passes(masks.NAMES[mask_name](frames, tokens), 64, "auto", device)
+            return tuning.export(path)
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if users is not None:
+                os.environ["XDG_CACHE_HOME"] = users
 
 
 def compare_to_model(report: Mapping[str, Any], device: torch.device) -> Iterator[dict[str, Any]]:

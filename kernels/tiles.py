@@ -26,6 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kronmask.device_cache import kept_on_device
 from kronmask.mask import FIRST_PATTERN, FULL, IDENTITY, KronMask
 
 __all__ = [
@@ -437,7 +438,7 @@ class TileTables:
     diagonals: Tensor
 
 
-@lru_cache(maxsize=256)
+@kept_on_device(maxsize=256)
 def make_tables(masks: tuple[KronMask, ...], blocks: Blocks, kind: str, device: torch.device) -> TileTables:
     """The tables of a mask, or of one for each group of heads, made once for each device.
 

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -182,7 +183,16 @@ def test_scale_is_a_factor_on_the_scores():
     )
 
 
-def test_an_empty_batch_gives_an_empty_output():
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "dense"])
+def test_an_empty_batch_gives_an_empty_output_of_the_usual_layout(backend):
+    query, key = torch.randn(0, 4, 15, 16), torch.randn(0, 2, 15, 16)
+    call = partial(kron_attention, query, key, key, masks.kmct(3, 5), backend=backend, return_lse=True)
+
+    for output, lse in (call(), torch.compile(call, backend="aot_eager", fullgraph=True)()):
+        assert (output.shape, lse.shape) == (query.shape, query.shape[:3])
+
+
+def test_an_empty_batch_has_empty_gradients():
     mask = masks.kmt(3, 5)
     query = torch.randn(0, 2, 15, 16, requires_grad=True)
     output = kron_attention(query, query, query, mask)

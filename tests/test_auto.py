@@ -219,6 +219,12 @@ def test_measuring_leaves_the_random_numbers_of_the_caller_alone(times):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_an_empty_batch_measures_nothing(times):
+    empty = torch.empty(0, *SHAPE[1:])
+    assert kron_attention(empty, empty, empty, MASK).shape == empty.shape
+    assert not times.log
+
+
 def test_a_forced_backend_is_not_measured(times):
     with attention_backend("dense"):
         kron_attention(*qkv(), MASK)

@@ -32,7 +32,7 @@ _chosen: dict[Hashable, str] = {}
 
 def choose(step: Step, query: Tensor, key: Tensor, mask: KronMask) -> str:
     """The name of the backend that runs a pass on these inputs."""
-    if not tuning.is_gpu(query.device):
+    if not tuning.is_gpu(query.device) or not query.numel() or not key.numel():
         return _unmeasured(query, key, mask)
     settings = _settings()
     case = (step, mask, query.shape, key.shape, query.dtype, query.device, settings)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronmask.device_cache import kept_on_device
 from kronmask.mask import KronMask
 
 __all__ = ["backward", "forward", "refusal"]
@@ -27,6 +28,8 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
         return "FlexAttention has no float64"
     if query.device.type not in ("cpu", "cuda"):
         return f"FlexAttention is used on CPU and CUDA here, not on {query.device.type}"
+    if query.device.type == "cuda" and query.shape[3] < 16:
+        return f"FlexAttention takes head_dim from 16 on CUDA, not {query.shape[3]}"
     return None
 
 
@@ -34,6 +37,8 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float, *, kernel: str = "AUTO"
 ) -> tuple[Tensor, Tensor]:
     """`kernel` is FlexAttention's own choice of a backend, "AUTO" (Triton) or "FLASH" (see `flex_flash`)."""
+    if not query.numel():  # FlexAttention returns no log-sum-exp of nothing
+        return _nothing_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     output, lse = _flex(query.detach(), key.detach(), value.detach(), mask, scale, kernel)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, lse.float().contiguous()
@@ -57,6 +62,8 @@ def backward(
             f"backend 'flex' cannot train on the CPU: FlexAttention has no CPU backward. Got query {tuple(query.shape)} "
             f"{query.dtype}, {mask!s}. Backends that can: sdpa, dense."
         )
+    if not query.numel():
+        return _nothing_like(query), _nothing_like(key), _nothing_like(value)
     with _autograd():  # FlexAttention keeps its backward to itself: run it again under autograd
         query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
         outputs = _flex(query, key, value, mask, scale, kernel)
@@ -65,6 +72,10 @@ def backward(
         else:
             grads = torch.autograd.grad(outputs, inputs, (grad_output, grad_lse.to(outputs[1].dtype)))
     return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)  # type: ignore[return-value]
+
+
+def _nothing_like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
 
 
 @contextmanager
@@ -84,7 +95,7 @@ def _flex(
     # torch 2.9 asks for the LSE in another way than those before it
     with_aux = hasattr(flex, "AuxRequest")
     arguments: dict[str, Any] = {
-        "block_mask": _block_mask(mask, query.device, kernel),
+        "block_mask": _block_mask(mask, kernel, query.device),
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         **({"return_aux": flex.AuxRequest(lse=True)} if with_aux else {"return_lse": True}),
@@ -102,8 +113,8 @@ def _flex(
     return output, extra.lse if with_aux else extra
 
 
-@lru_cache(maxsize=64)
-def _block_mask(mask: KronMask, device: torch.device, kernel: str) -> Any:
+@kept_on_device(maxsize=64)
+def _block_mask(mask: KronMask, kernel: str, device: torch.device) -> Any:
     tall = kernel == "FLASH" and torch.cuda.get_device_capability(device) >= (
         10,
         0,

@@ -17,6 +17,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from kronmask.device_cache import kept_on_device
 from kronmask.mask import KronMask
 from kronmask.plan import Plan, Rectangles, make_plan
 
@@ -32,11 +33,13 @@ def refusal(query: Tensor, key: Tensor, mask: KronMask) -> str | None:
         return "torch's flash kernels on CUDA have no float64, and results must not depend on the device"
     if query.device.type == "cuda" and query.shape[3] > 248:
         return f"torch's CUDA kernels take head_dim up to 248 here, not {query.shape[3]}"
+    if query.device.type == "cuda" and query.dtype == torch.bfloat16 and not _is_ampere_or_newer(query.device):
+        return "torch's CUDA kernels take bfloat16 from compute capability 8.0 on"
     return None
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value)))
+    query, key, value = (_loadable(x) for x in (query, *_repeat_heads(query, key, value)))
     batch, heads, length, head_dim = query.shape
     plan = _plan(mask, query)
     if plan.is_one_call and query.numel():
@@ -92,7 +95,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     key_heads, head_dim, dtype = key.shape[1], query.shape[3], query.dtype
-    query, key, value, grad_output = (_unit_stride(x) for x in (query, *_repeat_heads(query, key, value), grad_output))
+    query, key, value, grad_output = (_loadable(x) for x in (query, *_repeat_heads(query, key, value), grad_output))
     plan = _plan(mask, query)
     # the probabilities exp(score - lse) of a query that sees no key are 0
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
@@ -251,8 +254,17 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _loadable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if torch's kernels would not load it: its columns lie side by side, and on CUDA its rows start at
+    multiples of 16 bytes, which the kernels load at once."""
+    if tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    if tensor.device.type == "cuda":
+        at_once = 16 // tensor.element_size()
+        steps = [by for by, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+        if any(step % at_once for step in (tensor.storage_offset(), *steps)):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +291,7 @@ class _Tiles(NamedTuple):
     apart: tuple[int, ...]  # how many tiles, one behind the other, have no key in common with each other
 
 
-@lru_cache(maxsize=16)
+@kept_on_device(maxsize=16)
 def _tiles(mask: KronMask, dtype: torch.dtype, device: torch.device) -> list[_Tiles]:
     """The gathered tiles of the mask's plan, those that share no key one behind the other."""
     found = []
@@ -331,7 +343,7 @@ def _ungathered(tensor: Tensor, values: Tensor) -> Tensor:
 # ---- masked blocks --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=32)  # packed clips need one for each length
+@kept_on_device(maxsize=32)  # packed clips need one for each length
 def _bias(block: KronMask, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernels add to the scores, and the rows that see no key: the kernels' LSE of these is not -inf."""
     bias = _masked_scores(block, dtype, device)
@@ -366,7 +378,7 @@ def _flash_forward(
 ) -> tuple[Tensor, Tensor]:
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
-    if bias is None and query.dtype != torch.float32:
+    if _takes_flash(query, bias):
         padded = [_to_multiple_of_8(x) for x in (query, key, value)]
         output, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, scale=scale)
         return output[..., : query.shape[3]], lse
@@ -395,7 +407,7 @@ def _flash_backward(
     head_dim, rows = query.shape[3], query.shape[2]
     grad_output, query, key, value, output = (_to_multiple_of_8(x) for x in (grad_output, query, key, value, output))
     seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of the dropout, which there is none of
-    if bias is None and query.dtype != torch.float32:
+    if _takes_flash(query, bias):
         grads = aten._scaled_dot_product_flash_attention_backward(
             grad_output, query, key, value, output, lse.contiguous(), None, None, rows, key.shape[2], 0.0, False, seed, seed,
             scale=scale,
@@ -403,11 +415,24 @@ def _flash_backward(
     else:
         # the kernel takes rows one behind the other for granted, and padding by nothing keeps the strides
         lse = torch.nn.functional.pad(lse.contiguous(), (0, -rows % 32), value=float("inf"))
+        if output.stride(2) != output.shape[1] * output.shape[3]:
+            output = _as_stored(output)  # in half precision the kernel reads it itself, and never asks for this stride
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad_output, query, key, value, _expanded(bias, query, key), output, lse, seed, seed, 0.0,
             [True, True, True, False], scale=scale,
         )[:3]  # fmt: skip
     return tuple(grad[..., :head_dim] for grad in grads)  # type: ignore[return-value]
+
+
+def _takes_flash(query: Tensor, bias: Tensor | None) -> bool:
+    """Whether FlashAttention-2 runs a call on CUDA; else the memory-efficient kernel does, which takes all."""
+    return bias is None and query.dtype != torch.float32 and _is_ampere_or_newer(query.device)
+
+
+@lru_cache(maxsize=64)
+def _is_ampere_or_newer(device: torch.device) -> bool:
+    # where torch sees no GPU, shapes alone pass through here
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _expanded(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
