@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import model_commands, prompt_command
+from . import model_commands, prompt_commands
 from .command_line import Command, Given, Group
 
 if TYPE_CHECKING:
     from .config import Config
     from .model import Claver
-    from .prompt_choice import Choice
+    from .prompts.choice import Choice
 
 __all__ = ["COMMANDS"]
 
@@ -51,12 +51,11 @@ def train(given: Given, *, resume: bool = False, init_from: str | None = None) -
         resume: go on with the run in the run folder.
         init_from: checkpoint, ours or the authors', whose weights are those of step 0.
     """
-    from .checkpoint import load_model
     from .config import by_split
-    from .prompt_choice import choose_prompts_of_checkpoint
-    from .run_folder import BEST
+    from .prompts.choice import choose_prompts_of_checkpoint
     from .settings import from_dict
-    from .train import train as run
+    from .training.train import train as run
+    from .weights.checkpoint import BEST, load_model
 
     splits = by_split(from_dict(given.values, "the configuration"))
     folder = run(next(iter(splits.values())), resume=resume, init_from=init_from).folder
@@ -76,7 +75,7 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
         force: take the settings that are given even where the weights were trained under others.
     """
     from .config import by_split
-    from .loading import open_checkpoint, texts_of
+    from .weights.loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     if "augment.short_side" in given.typed and loaded.config.test.crops == 3:
@@ -100,11 +99,12 @@ def _evaluate(
     model: Claver, splits: dict[str, tuple[Config, Choice]], about: dict[str, Any], folder: Path | None
 ) -> dict[str, Any]:
     """Evaluate on each split; print the numbers as a line of JSON, and write reports if there is a folder for them."""
+    from .data.videos import read_videos
+    from .evaluation.evaluate import run_evaluation
+    from .evaluation.reports import numbers, over_splits, write_report
     from .files import replace_file
     from .processes import this_process
-    from .reports import numbers, over_splits, write_report
-    from .train import run_evaluation, tokens_of
-    from .videos import read_videos
+    from .text import tokens_of
 
     results: dict[str, dict[str, Any]] = {}
     main = this_process().is_main_process
@@ -167,11 +167,11 @@ def wise_ft(
         alphas: shares of the tuned weights; 0 to 1 in steps of a tenth if none is given.
         zero_shot: configurations of the other tasks, as zero_shot_hmdb51; their data sections are taken.
     """
-    from .checkpoint import load_checkpoint
     from .config import by_split
-    from .loading import open_checkpoint, texts_of
+    from .evaluation.wise_ft import pretrained_state, sweep
     from .settings import find_config, from_dict, merge, read_yaml, to_dict
-    from .wise_ft import pretrained_state, sweep
+    from .weights.checkpoint import load_checkpoint
+    from .weights.loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given)
     before = load_checkpoint(source)["model"] if source else pretrained_state(loaded.config.model)
@@ -209,8 +209,8 @@ def order(
         opposites: CSV of class,opposite; the motions of the demo if none is given.
         out: JSON file for the numbers.
     """
-    from .order import order as run
-    from .order import read_opposites
+    from .evaluation.order import order as run
+    from .evaluation.order import read_opposites
 
     run(runs, control=control or (), opposites=read_opposites(opposites) if opposites else None, out=out)
     return 0
@@ -225,7 +225,7 @@ def scan(given: Given, *, deep: bool = False, processes: int | None = None, out:
         out: JSON file for the whole report; scan.json in the run folder if not given.
     """
     from .config import by_split
-    from .scan import scan as run
+    from .data.scan import scan as run
     from .settings import from_dict
 
     splits = by_split(from_dict(given.values, "the configuration"))
@@ -254,7 +254,7 @@ def shards(
         per_shard: videos of a shard.
         shuffle: pack them in random order, as training from shards needs it; by default those of train.
     """
-    from .pack import pack
+    from .data.pack import pack
     from .settings import from_dict
 
     config = from_dict(given.values, "the configuration")
@@ -270,10 +270,10 @@ def few_shot_list(given: Given, *, out: str, shots: list[int] | None = None, bas
         base_to_novel: also divide the classes in two, and write their labels, few-shot lists and test lists, as labels_base.csv.
     """
     from .config import by_split
-    from .few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
-    from .lists import read_labels
+    from .data.few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
+    from .data.lists import read_labels
+    from .data.videos import read_videos
     from .settings import from_dict
-    from .videos import read_videos
 
     written = []
     folder = Path(out)
@@ -329,9 +329,9 @@ COMMANDS: dict[str, Command | Group] = {
     "export": Command(model_commands.export, (*TEXTS, *PIXELS, *BOUND)),
     "push": Command(model_commands.push, (*TEXTS, *PIXELS, *BOUND)),
     "prompts": {
-        "make": Command(prompt_command.make),
-        "check": Command(prompt_command.check),
-        "show": Command(prompt_command.show),
-        "confusion": Command(prompt_command.confusion),
+        "make": Command(prompt_commands.make),
+        "check": Command(prompt_commands.check),
+        "show": Command(prompt_commands.show),
+        "confusion": Command(prompt_commands.confusion),
     },
 }

@@ -24,20 +24,20 @@ import kronmask
 from kronmask import masks
 
 from . import DEMO_CHECKPOINT
-from .augment import AugmentConfig
 from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
-from .data import read_labels, read_list
-from .evaluate import Evaluation, likeliest
+from .data.augment import AugmentConfig
+from .data.lists import read_labels, read_list
+from .data.motions import MOTIONS, MotionDataset, write_motion_dataset
+from .data.sampling import segment_indices
+from .data.tars import Member
+from .data.video import read_clip
+from .evaluation.evaluate import Evaluation, likeliest, run_evaluation
+from .evaluation.order import Order, evaluate_order, opposites_of
 from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
 from .files import replace_file
-from .motions import MOTIONS, MotionDataset, write_motion_dataset
-from .order import Order, evaluate_order, opposites_of
-from .prompts import OBJECT_TEMPLATES
-from .run_folder import saved_steps, weights_of
-from .sampling import segment_indices
-from .tars import Member
-from .train import run_evaluation, train
-from .video import read_clip
+from .prompts.build import OBJECT_TEMPLATES
+from .training.run_folder import saved_steps, weights_of
+from .training.train import train
 
 __all__ = ["demo", "demo_config"]
 

@@ -36,8 +36,8 @@ def predict(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .loading import open_checkpoint, texts_of
-    from .predict import predict as run
+    from .evaluation.predict import predict as run
+    from .weights.loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     choice = texts_of(loaded, given, classes)
@@ -72,8 +72,8 @@ def features(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .features import features as run
-    from .loading import open_checkpoint
+    from .evaluation.features import features as run
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     return run(videos, out, model=loaded.model, config=loaded.config, overwrite=overwrite)
@@ -101,8 +101,8 @@ def retrieve(
         json: print a JSON object a line.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .loading import open_checkpoint
-    from .retrieve import retrieve as run
+    from .evaluation.retrieve import retrieve as run
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     return run(
@@ -134,8 +134,8 @@ def export(
         overwrite: replace what was exported there before.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .export import export as run
-    from .loading import open_checkpoint, texts_of
+    from .weights.export import export as run
+    from .weights.loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     choice = texts_of(loaded, given, classes)
@@ -164,9 +164,9 @@ def convert(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .convert import convert as run
-    from .lists import read_labels
-    from .loading import open_checkpoint
+    from .data.lists import read_labels
+    from .weights.convert import convert as run
+    from .weights.loading import open_checkpoint
 
     config = open_checkpoint(source, given, force=force).config
     if classes is None and "data.labels" in given.typed:
@@ -196,8 +196,8 @@ def push(
         private: seen by its owner alone.
         folder: where to keep what is published.
     """
-    from .hub import push as run
-    from .loading import open_checkpoint, texts_of
+    from .weights.hub import push as run
+    from .weights.loading import open_checkpoint, texts_of
 
     loaded = open_checkpoint(checkpoint, given)
     choice = texts_of(loaded, given)

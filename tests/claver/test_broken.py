@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.augment import AugmentConfig
-from claver.broken import BrokenFiles
 from claver.config import DataConfig, TestConfig
-from claver.data import TrainDataset, set_epoch, train_loader
-from claver.lists import DatasetError, Sample
-from claver.shards import read_shards, write_shards
-from claver.train import run_evaluation, train
-from claver.video import VideoError
+from claver.data.augment import AugmentConfig
+from claver.data.broken import BrokenFiles
+from claver.data.datasets import TrainDataset, set_epoch, train_loader
+from claver.data.lists import DatasetError, Sample
+from claver.data.shards import read_shards, write_shards
+from claver.data.video import VideoError
+from claver.evaluation.evaluate import run_evaluation
+from claver.training.train import train
 from small import small_config
 from video_files import write_video
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import claver_k400
 import pytest
 from claver.command_line import parse
-from claver.data import read_labels
+from claver.data.lists import read_labels
 from claver.demo import demo
-from claver.train import train
+from claver.training.train import train
 from small import small_config
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint, load_model
 from claver.config import Config, DataConfig
-from claver.convert import convert
 from claver.model import build_model
-from claver.prompt_choice import choose_prompts_of_checkpoint
+from claver.prompts.choice import choose_prompts_of_checkpoint
 from claver.settings import to_dict
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, load_model
+from claver.weights.convert import convert
 from official_files import official_config, official_names, write_official
 from safetensors.torch import load_file
 from small import TEXT, small_model

@@ -9,11 +9,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint, load_model
 from claver.config import Config
 from claver.model import build_model
-from claver.official import IMAGENET_MEAN, describe_official, find_settings, read_pickle
 from claver.settings import from_dict
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, load_model
+from claver.weights.official import IMAGENET_MEAN, describe_official, find_settings, read_pickle
 from official_files import official_config, official_names, write_official
 from small import small_model
 

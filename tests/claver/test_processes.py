@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import load_model
-from claver.run_folder import load_pair, saved_steps, weights_of
-from claver.train import run_evaluation, tokens_of, train
+from claver.evaluation.evaluate import run_evaluation
+from claver.text import tokens_of
+from claver.training.run_folder import load_pair, saved_steps, weights_of
+from claver.training.train import train
+from claver.weights.checkpoint import load_model
 from small import small_config
 
 RANKS = 2
