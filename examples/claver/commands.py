@@ -102,7 +102,7 @@ def _evaluate(
     from .data.videos import read_videos
     from .evaluation.evaluate import run_evaluation
     from .evaluation.reports import numbers, over_splits, write_report
-    from .files import replace_file
+    from .files import write_text
     from .processes import this_process
     from .text import tokens_of
 
@@ -124,8 +124,7 @@ def _evaluate(
         summary = next(iter(splits.values()))[0].test.summary
         result = about | {"splits": results} | over_splits(results, summary)
         if folder and main:
-            with replace_file(folder / "results.json") as partial_file:
-                partial_file.write_text(json.dumps(result, indent=2) + "\n")
+            write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
     if main:
         print(json.dumps(result))
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import replace_file
+from ..files import replace_file, write_text
 from .lists import DatasetError, Sample
 
 __all__ = ["base_and_novel", "draw_few_shot", "of_classes", "write_classes", "write_list"]
@@ -56,8 +56,7 @@ def of_classes(samples: Sequence[Sample], labels: Sequence[int]) -> list[Sample]
 def write_list(path: str | Path, samples: Sequence[Sample], root: str | os.PathLike[str]) -> None:
     """Write lines of `path label`, relative to `root`."""
     lines = [f"{Path(os.path.relpath(str(sample.path), root)).as_posix()} {sample.label}\n" for sample in samples]
-    with replace_file(path) as partial:
-        partial.write_text("".join(lines))
+    write_text(path, "".join(lines))
 
 
 def write_classes(path: str | Path, names: Sequence[str]) -> None:

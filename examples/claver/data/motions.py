@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from ..files import replace_file
+from ..files import replace_file, write_text
 
 __all__ = ["MOTIONS", "MotionClip", "MotionDataset", "draw_clip", "opposite", "write_motion_dataset", "write_video"]
 
@@ -228,12 +228,10 @@ def write_motion_dataset(
                 write_video(root / _video_name(split, index), clip.video, frame_rate)
                 bar.update()
             lines = [f"{_video_name(split, index)} {label}\n" for index, label in enumerate(labels)]
-            list_path.write_text("".join(lines), encoding="utf-8")
-    with dataset.labels.open("w", newline="", encoding="utf-8") as file:
+            write_text(list_path, "".join(lines))
+    with replace_file(dataset.labels) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([("id", "name"), *enumerate(MOTIONS)])
-    (root / MANIFEST).write_text(
-        json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
-    )  # last: it vouches for the rest
+    write_text(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")  # last: it vouches for the rest
     return dataset
 
 

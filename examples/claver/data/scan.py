@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ..config import Config
-from ..files import replace_file
+from ..files import write_text
 from .lists import Sample, read_labels
 from .tars import Member
 from .video import VideoError, iterate_frames, probe
@@ -123,8 +123,7 @@ def scan(
     report = scan_lists(sources, names, config.model.frames, deep=deep, processes=processes)
     path = Path(output or Path(config.run_dir) / "scan.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as partial_file:
-        partial_file.write_text(json.dumps(asdict(report) | {"faults": report.faults, "deep": deep}, indent=1))
+    write_text(path, json.dumps(asdict(report) | {"faults": report.faults, "deep": deep}, indent=1))
     print(table(report))
     print(f"\n{report.faults or 'no'} faults; all of it is in {path}")
     return int(report.faults > 0)

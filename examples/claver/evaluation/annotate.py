@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +11,8 @@ from typing import Any
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..files import give_name, partial_of
 
 __all__ = ["AnnotatedVideo", "annotate"]
 
@@ -83,7 +84,7 @@ class AnnotatedVideo:
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"{path}: annotated videos are mp4 files; give it a name that ends in .mp4")
         self._refuse_existing()
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self.partial = partial_of(self.path)
         self.frames = 0
         self._container: Any = None
         self._stream: Any = None
@@ -118,7 +119,7 @@ class AnnotatedVideo:
             self.partial.unlink(missing_ok=True)
             raise
         self._refuse_existing(f"; the new one is {self.partial}")
-        os.replace(self.partial, self.path)
+        give_name(self.partial, self.path)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -126,4 +126,4 @@ def _write(out: Path, content: Features) -> None:
                 np.savez(file, features=content.values.numpy(), paths=np.array(content.paths), model=content.model)
         else:
             about = {"format": FORMAT, "paths": json.dumps(content.paths), "model": content.model}
-            save_file({"features": content.values.contiguous()}, partial, about)
+            partial.write_bytes(save({"features": content.values.contiguous()}, about))

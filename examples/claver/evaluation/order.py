@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data.lists import DatasetError, csv_rows
 from ..data.motions import MOTIONS, opposite
-from ..files import replace_file
+from ..files import write_text
 from ..model import Claver
 from ..prompts.choice import choose_prompts_of_checkpoint
 from ..settings import from_dict
@@ -90,8 +90,7 @@ def order(
             ]
             for name, paths in groups.items()
         }
-        with replace_file(out) as partial:
-            partial.write_text(json.dumps({"summary": summary, "checkpoints": each}, indent=2) + "\n")
+        write_text(out, json.dumps({"summary": summary, "checkpoints": each}, indent=2) + "\n")
     return summary
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..class_names import clean_class_name
+from ..figures import save_figure
 from ..prompts.build import Interpretive, tokenize
 
 __all__ = ["NAMES", "Nearest", "TextEncoder", "clip_encoder", "compare_texts", "nearest", "plot_texts", "summarize"]
@@ -160,5 +161,5 @@ def plot_texts(names: Sequence[str], cosines: Mapping[str, Tensor], path: str | 
     if image is not None:
         figure.colorbar(image, ax=panels, shrink=0.6, label="cosine of the texts of two classes")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..data.lists import Sample
 from ..figures import plot_confusion
-from ..files import replace_file
+from ..files import replace_file, write_text
 from .evaluate import Evaluation
 
 __all__ = ["numbers", "over_splits", "write_report"]
@@ -66,13 +66,12 @@ def write_report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with replace_file(folder / "results.json") as partial:
-        partial.write_text(json.dumps({**numbers(evaluation), **about}, indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps({**numbers(evaluation), **about}, indent=2) + "\n")
     _write_csv(folder / "classes.csv", _by_class(evaluation, classes))
     _write_csv(folder / "predictions.csv", _by_video(evaluation, classes, samples))
     tensors = {name: getattr(evaluation, name).contiguous() for name in ("probabilities", "logits", "labels")}
     with replace_file(folder / "predictions.safetensors") as partial:
-        save_file(tensors, partial)
+        partial.write_bytes(save(tensors))
     plot_confusion(evaluation.confusion().numpy(), classes, folder / "confusion.png")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..figures import plot_tradeoff
-from ..files import replace_file
+from ..files import write_text
 from ..model import Claver, build_model
 
 __all__ = ["interpolated", "pretrained_state", "sweep"]
@@ -92,7 +92,6 @@ def sweep(
             records.append({"alpha": alpha, **{name: float(task(model)["top1"]) for name, task in tasks.items()}})
     finally:
         model.load_state_dict(tuned)
-    with replace_file(folder / "wise_ft.json") as partial:
-        partial.write_text(json.dumps(records, indent=1) + "\n")
+    write_text(folder / "wise_ft.json", json.dumps(records, indent=1) + "\n")
     plot_tradeoff(records, folder / "wise_ft.png")
     return records

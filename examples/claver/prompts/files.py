@@ -22,7 +22,7 @@ from typing import Any
 
 from ..class_names import class_key
 from ..data.lists import read_labels
-from ..files import replace_file
+from ..files import write_text
 from .build import KINDS, Interpretive, some
 
 __all__ = [
@@ -156,8 +156,7 @@ def _numbered_sentences(file: Path) -> list[tuple[int, str]]:
 def write_prompt_file(path: str | Path, header: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
     """Writes a file with a header, one sentence a line; one that is cut off leaves the file before it whole."""
     content = {"format": FORMAT, **header, "classes": dict(entries)}
-    with replace_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_prompts(path: str | Path, classes: Sequence[str], kinds: Sequence[str] | None = None) -> Interpretive:

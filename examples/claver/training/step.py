@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..config import Config
 from ..data.augment import mixup_cutmix
 from ..data.lists import Sample
-from ..files import replace_file
+from ..files import write_text
 from ..text import TrainingTexts
 from .optimizer import learning_rate
 from .state import TrainState
@@ -137,8 +137,7 @@ class TrainStep:
         path = folder / f"nonfinite_step_{step:08d}.json"
         if self.accelerator.is_main_process:
             batches = [{"loss": str(loss), "files": names} for loss, names in zip(losses, files, strict=True)]
-            with replace_file(path) as partial:
-                partial.write_text(json.dumps({"step": step, "batches": batches}, indent=1) + "\n")
+            write_text(path, json.dumps({"step": step, "batches": batches}, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         raise NonFiniteError(
             f"the loss is {next(loss for loss in losses if not math.isfinite(loss))} at step {step}; the files of its batch are "

@@ -61,9 +61,7 @@ def save_checkpoint(
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with written(path) as partial:
-        partial.write_bytes(
-            save(tensors, metadata)
-        )  # save_file has a file of its own beside it, which a kill would leave
+        partial.write_bytes(save(tensors, metadata))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -16,7 +16,7 @@ import kronmask
 from kronmask.masks import mask_rule
 
 from ..config import Config
-from ..files import replace_file
+from ..files import replace_file, write_text
 from ..model import Claver
 from ..prompts.build import tokenize
 from ..text import encode_prompts
@@ -137,9 +137,8 @@ def export(
     }
     features = encode_prompts(model, tokens).cpu().contiguous()
     with replace_file(folder / TEXTS) as partial:
-        save_file({"features": features}, partial)
-    with replace_file(folder / ABOUT) as partial:  # last: it vouches for the rest
-        partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(save({"features": features}))
+    write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")  # last: it vouches for the rest
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..files import replace_file
+from ..files import write_text
 from ..model import Claver
 from ..prompts.files import DATASETS, known_dataset, read_prompt_file, shipped_file
 from ..settings import from_dict, to_dict
@@ -56,8 +56,7 @@ def save_pretrained(
     texts = {CONFIG: json.dumps(_described(to_dict(config), names), indent=2) + "\n"}
     texts[CARD] = model_card(config, names, len(prompts), results, license=license, name=repo_id or str(folder))
     for name, text in texts.items():
-        with replace_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return folder
 
 
