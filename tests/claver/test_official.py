@@ -76,7 +76,9 @@ def test_without_a_known_mask_a_configuration_is_needed(tmp_path, state):
         if mask:
             config["MODEL"]["MASK_MODE"] = mask
         path = write_official(tmp_path / "o.pth", state, config)
-        with pytest.raises(CheckpointError, match=r"o\.pth: .* does not say which mask it has; pass --config"):
+        with pytest.raises(
+            CheckpointError, match=r"o\.pth: .* does not say which mask it has; .* convert FILE OUT --model.attention"
+        ):
             load_model(path)
         load_model(path, Config(model=small_model(vision=VISION, text=TEXT, layers=1)))
 

@@ -165,16 +165,23 @@ def model_of(
     *,
     force: bool = False,
     any_frames: bool = False,
+    remedy: str = "give these settings as they are there",
 ) -> Claver:
-    """The model of what `load_checkpoint` gave for `path`, in evaluation mode; the rest is as in `load_model`."""
+    """The model of what `load_checkpoint` gave for `path`, in evaluation mode; the rest is as in `load_model`.
+
+    `remedy` says what can be done about a contradiction.
+    """
     stored = content["config"]
     if config is None:
         if "attention" not in stored["model"]:
-            raise CheckpointError(f"{path}: an official checkpoint that does not say which mask it has; pass --config")
+            raise CheckpointError(
+                f"{path}: an official checkpoint that does not say which mask it has; write it "
+                "anew with the mask, and use that: claver_k400.py convert FILE OUT --model.attention=kmt"
+            )
         config = from_dict(stored, f"{path}: config")
     elif not force:
         there = {key: value for key, value in stored["model"].items() if not (any_frames and key == "frames")}
-        _check_agreement(path, there, config.model)
+        _check_agreement(path, there, config.model, remedy)
     frames = stored["model"].get("frames", config.model.frames)
     if frames != config.model.frames:
         how = (
@@ -196,7 +203,7 @@ def model_of(
 BINDING = ("name", "attention", "window", "sink", "placement", "layers", "temporal_embedding", "quick_gelu")
 
 
-def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConfig) -> None:
+def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConfig, remedy: str) -> None:
     """Raise for settings that contradict a checkpoint's `model` section."""
     # a setting that is newer than the checkpoint was at its default
     theirs = to_dict(Config())["model"] | {"frames": config.frames} | stored
@@ -212,7 +219,4 @@ def _check_agreement(path: str | Path, stored: dict[str, Any], config: ModelConf
             pairs += [(f"{section}.{name}", *(values[section].get(name, default) for values in (theirs, ours)))]
     different = [f"model.{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
     if different:
-        raise CheckpointError(
-            f"{path}: is of another model than the configuration's: {'; '.join(different)}. Leave these settings out, or "
-            "pass --force to have other numbers than it was trained for"
-        )
+        raise CheckpointError(f"{path}: is of another model than the configuration's: {'; '.join(different)}; {remedy}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import Config
+from ..command_line import Given
+from ..data.lists import read_labels
 from ..prompts.choice import choose_prompts
-from ..settings import from_dict
-from .checkpoint import CheckpointError, load_model, save_checkpoint
+from .checkpoint import CheckpointError, save_checkpoint
+from .loading import open_checkpoint
 
 __all__ = ["convert"]
 
@@ -16,10 +17,10 @@ SUFFIX = ".safetensors"
 
 
 def convert(
-    source: str | Path,
+    source: str,
     out: str | Path,
+    given: Given,
     *,
-    config: Config | None = None,
     classes: Sequence[str] | None = None,
     force: bool = False,
     overwrite: bool = False,
@@ -31,17 +32,17 @@ def convert(
     Args:
         source: the checkpoint.
         out: where to write it; a name that ends in .safetensors.
-        config: what an official checkpoint does not say: its mask, if that is missing, and texts and pixels; None: what it says.
-        classes: names by label, for a checkpoint without; the texts are then those of `config`. None: whoever uses the
-            checkpoint has to name classes.
-        force: let `config` contradict the checkpoint.
+        given: settings over those of the checkpoint: what an official one does not say, as its mask, texts and pixels.
+        classes: names by label, for a checkpoint without, whose texts are then those of the settings; None: those of a file of
+            labels among the settings. Without either whoever uses the checkpoint has to name classes.
+        force: let the settings contradict the checkpoint.
         overwrite: replace a file that is there.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: as `checkpoint.load_model`; classes that are not those of the checkpoint.
+        CheckpointError: as `loading.open_checkpoint`; classes that are not those of the checkpoint.
         ValueError: a name with another ending, or of a file that is there.
     """
     out = Path(out)
@@ -49,15 +50,16 @@ def convert(
         raise ValueError(f"{out}: converted checkpoints are safetensors; give it a name that ends in {SUFFIX}")
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: is there already; pass --overwrite, or another name")
-    model, content = load_model(source, config, force=force)
-    settings = from_dict(content["config"], str(source)) if config is None else config
+    model, content, config = open_checkpoint(source, given, force=force)
+    if classes is None and "data.labels" in given.typed:
+        classes = read_labels(config.data.labels)
     stored = content.get("classes") or None
     if stored and classes and list(classes) != stored:
         raise CheckpointError(f"{source}: was trained on other classes: {len(stored)}, beginning with {stored[0]!r}")
     if stored:
         names, prompts = stored, content["prompts"]
     else:
-        names, prompts = list(classes or ()), choose_prompts(settings, classes).prompts if classes else []
+        names, prompts = list(classes or ()), choose_prompts(config, classes).prompts if classes else []
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, model, settings, names, prompts, epoch=content.get("epoch", 0))
+    save_checkpoint(out, model, config, names, prompts, epoch=content.get("epoch", 0))
     return out

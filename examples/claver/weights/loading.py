@@ -18,7 +18,7 @@ from ..settings import from_dict, merge
 from .checkpoint import CheckpointError, load_checkpoint, model_of
 from .hub import fetch
 
-__all__ = ["Loaded", "open_checkpoint", "texts_of"]
+__all__ = ["Loaded", "open_checkpoint", "open_with_texts", "texts_of"]
 
 
 class Loaded(NamedTuple):
@@ -29,11 +29,16 @@ class Loaded(NamedTuple):
     config: Config
 
 
-def open_checkpoint(name: str, given: Given, *, force: bool = False) -> Loaded:
+def open_checkpoint(name: str, given: Given, *, force: bool | None = None) -> Loaded:
     """The model of a checkpoint (see `hub.fetch`), under its own settings with those that are given laid over them.
 
+    Args:
+        name: of the checkpoint.
+        given: settings.
+        force: let them contradict the checkpoint; None: not, and the command has no --force that an error could name.
+
     Raises:
-        CheckpointError: no checkpoint, or one whose model is another than the settings say and `force` is not set.
+        CheckpointError: no checkpoint, or one whose model is another than the settings say.
         ValueError: settings that are wrong; or the demo's checkpoint, which is not there yet.
     """
     check_demo_checkpoint(name)
@@ -45,8 +50,20 @@ def open_checkpoint(name: str, given: Given, *, force: bool = False) -> Loaded:
             f"{path}: an official checkpoint that does not say which mask it has; pass --model.attention"
         )
     config = from_dict(settings, str(path))
-    model = model_of(content, path, config, force=force)
+    remedy = "leave these settings out"
+    if force is not None:
+        remedy += ", or pass --force to have other numbers than it was trained for"
+    model = model_of(content, path, config, force=bool(force), remedy=remedy)
     return Loaded(model.to("cuda" if torch.cuda.is_available() else "cpu"), content, config)
+
+
+def open_with_texts(
+    name: str, given: Given, classes: list[str] | None = None, *, force: bool | None = None
+) -> dict[str, Any]:
+    """`model`, `config`, `classes` and `prompts` of a checkpoint; the arguments are those of `open_checkpoint` and `texts_of`."""
+    loaded = open_checkpoint(name, given, force=force)
+    choice = texts_of(loaded, given, classes)
+    return {"model": loaded.model, "config": loaded.config, "classes": choice.classes, "prompts": choice.prompts}
 
 
 def texts_of(loaded: Loaded, given: Given, classes: list[str] | None = None, *, need_labels: bool = False) -> Choice:
