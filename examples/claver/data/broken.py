@@ -15,15 +15,19 @@ __all__ = ["BrokenFiles", "broken_files", "check_files", "file_problems"]
 class BrokenFiles:
     """The files of a list that a training passes over; `reasons` says why, by their names.
 
+    `replaced` counts the clips of this epoch in whose place others came, in this process.
+
     Args:
         samples: of the list.
         share: of its files that may be missing or broken, 0 to 1; None: not one.
     """
 
     def __init__(self, samples: Sequence[Sample], share: float | None) -> None:
-        self.expected = len({sample.path for sample in samples})
+        self.names = list(dict.fromkeys(str(sample.path) for sample in samples))
+        self.expected = len(self.names)
         self.share = share
         self.reasons: dict[str, str] = {}
+        self.replaced = 0
 
     def add(self, problems: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Take note of `(name, reason)`; returns those of files that were not known to be broken.
@@ -37,6 +41,10 @@ class BrokenFiles:
             why = "" if self.share is None else f"more than data.max_broken = {self.share:g} of them"
             raise broken_files(sorted(self.reasons.items()), self.expected, why)
         return list(new.items())
+
+    def places(self) -> dict[int, str]:
+        """`reasons` by the places of the files in the list, which stay what they are where the folder of the videos is moved."""
+        return {place: self.reasons[name] for place, name in enumerate(self.names) if name in self.reasons}
 
 
 def check_files(samples: Sequence[Sample]) -> None:

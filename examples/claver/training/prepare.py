@@ -100,6 +100,12 @@ def prepare(
         model = _with_weights(weights_of(folder, first), config, model)
         say(f"resuming {folder} after step {first}")
         _check_processes(saved["processes"], accelerator.num_processes, train, say)
+        if data.broken == "skip":  # a restart gives no new allowance
+            for name, reason in broken.add(
+                (broken.names[place], why) for place, why in saved.get("broken", {}).items()
+            ):
+                say(f"passed over before: {name}: {reason}")
+            broken.replaced = saved.get("replaced", 0) if accelerator.is_main_process else 0
     elif init_from is not None:
         model = _with_weights(init_from, config, model)
         say(f"starting from the weights of {init_from}")

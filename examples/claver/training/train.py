@@ -88,7 +88,6 @@ class _Loop:
         self.config, self.accelerator, self.title = config, accelerator, title
         self.folder, self.main = Path(config.run_dir), accelerator.is_main_process
         self.prepared, self.state, self.saved = prepared, prepared.state, prepared.saved
-        self.replaced = 0  # clips of broken videos, in this epoch
 
     def run(self, bar_position: int | None) -> Run:
         """All steps that are left."""
@@ -124,7 +123,7 @@ class _Loop:
             result = self.prepared.step(batches, stop=signals.requested)
             recent.append(result)
             bar.update()
-            self.replaced += len(result.errors)
+            self.prepared.broken.replaced += len(result.errors)
             pass_over(self.prepared.broken, result.errors, bar.write)
             ends = state.step % self.prepared.per_epoch == 0
             if state.step % LOG_EVERY == 0 or ends:
@@ -143,14 +142,19 @@ class _Loop:
 
     def _count_broken(self, bar: Any, title: str) -> None:
         """Say how many clips of an epoch were replaced."""
-        broken = self.prepared.broken
-        # the same for all processes, so that all stop or none
-        broken.add([problem for part in gather_object([list(broken.reasons.items())]) for problem in part])
-        replaced, self.replaced = sum(gather_object([self.replaced])), 0
+        broken, replaced = self.prepared.broken, self._share_broken()
+        broken.replaced = 0
         bar.write(
             f"{title}: {replaced} clips of broken videos were replaced; {len(broken.reasons)} of {broken.expected} videos are "
             "missing or broken"
         )
+
+    def _share_broken(self) -> int:
+        """Let every process know the broken videos of all, so that all stop or none; how many clips they replaced together."""
+        broken = self.prepared.broken
+        found = gather_object([(list(broken.reasons.items()), broken.replaced)])
+        broken.add([problem for problems, _ in found for problem in problems])
+        return sum(replaced for _, replaced in found)
 
     def _evaluate(self, bar: Any, title: str) -> None:
         """Evaluate the middle view, and keep the weights if they are the best."""
@@ -181,6 +185,9 @@ class _Loop:
         if self.saved == state.step:
             return
         weights, rest = state.weights(), state.state_dict() | {"processes": self.accelerator.num_processes}
+        if self.config.data.broken == "skip":
+            replaced = self._share_broken()
+            rest |= {"broken": self.prepared.broken.places(), "replaced": replaced}
         self._check_finite(weights)
         if self.main:
             with written(self.folder / "history.jsonl") as partial:
