@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .model import Claver
     from .prompts.choice import Choice
+    from .weights.loading import Loaded
 
 __all__ = ["COMMANDS"]
 
@@ -51,18 +52,15 @@ def train(given: Given, *, resume: bool = False, init_from: str | None = None) -
         resume: go on with the run in the run folder.
         init_from: checkpoint, ours or the authors', whose weights are those of step 0.
     """
-    from .config import by_split
     from .prompts.choice import choose_prompts_of_checkpoint
-    from .settings import from_dict
     from .training.train import train as run
     from .weights.checkpoint import BEST, load_model
 
-    splits = by_split(from_dict(given.values, "the configuration"))
+    splits = _splits(given)
     folder = run(next(iter(splits.values())), resume=resume, init_from=init_from).folder
     model, content = load_model(folder / BEST)
-    choices = {split: choose_prompts_of_checkpoint(config, content) for split, config in splits.items()}
-    about = {"checkpoint": f"{BEST}, of epoch {content['epoch']}"}
-    _evaluate(model, {split: (splits[split], choices[split]) for split in splits}, about, folder)
+    tasks = {split: (config, choose_prompts_of_checkpoint(config, content)) for split, config in splits.items()}
+    _evaluate(model, tasks, {"checkpoint": f"{BEST}, of epoch {content['epoch']}"}, folder)
     return 0
 
 
@@ -75,7 +73,7 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
         force: take the settings that are given even where the weights were trained under others.
     """
     from .config import by_split
-    from .weights.loading import open_checkpoint, texts_of
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     if "augment.short_side" in given.typed and loaded.config.test.crops == 3:
@@ -85,14 +83,27 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
     splits = by_split(loaded.config)
     if "test.summary" in given.typed and len(splits) == 1:
         raise ValueError("test.summary has no effect without data.splits; leave it out")
-    choices = {
-        split: texts_of(loaded._replace(config=config), given, need_labels=True) for split, config in splits.items()
-    }
-    about = {"checkpoint": checkpoint}
-    _evaluate(
-        loaded.model, {split: (splits[split], choices[split]) for split in splits}, about, Path(out) if out else None
-    )
+    tasks = _with_texts(loaded, splits, given)
+    _evaluate(loaded.model, tasks, {"checkpoint": checkpoint}, Path(out) if out else None)
     return 0
+
+
+def _splits(given: Given) -> dict[str, Config]:
+    """The configuration that is given, by its splits."""
+    from .config import by_split
+    from .settings import from_dict
+
+    return by_split(from_dict(given.values, "the configuration"))
+
+
+def _with_texts(loaded: Loaded, splits: dict[str, Config], given: Given) -> dict[str, tuple[Config, Choice]]:
+    """The texts of a checkpoint for each split, whose labels count."""
+    from .weights.loading import texts_of
+
+    return {
+        split: (config, texts_of(loaded._replace(config=config), given, need_labels=True))
+        for split, config in splits.items()
+    }
 
 
 def _evaluate(
@@ -170,7 +181,7 @@ def wise_ft(
     from .evaluation.wise_ft import pretrained_state, sweep
     from .settings import find_config, from_dict, merge, read_yaml, to_dict
     from .weights.checkpoint import load_checkpoint
-    from .weights.loading import open_checkpoint, texts_of
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given)
     before = load_checkpoint(source)["model"] if source else pretrained_state(loaded.config.model)
@@ -182,10 +193,7 @@ def wise_ft(
         tasks[Path(name).stem] = (config, Given(values, typed))
     runs = {}
     for task, (config, settings) in tasks.items():
-        splits = {
-            split: (one, texts_of(loaded._replace(config=one), settings, need_labels=True))
-            for split, one in by_split(config).items()
-        }
+        splits = _with_texts(loaded, by_split(config), settings)
         runs[task] = partial(_evaluate, splits=splits, about={"task": task}, folder=None)
     shares = [share / 10 for share in range(11)] if alphas is None else alphas
     sweep(loaded.model, before, shares, runs, out)
@@ -221,13 +229,11 @@ def scan(given: Given, *, deep: bool = False, processes: int | None = None, out:
     Args:
         deep: decode every frame; otherwise packets are counted and the first frame is decoded.
         processes: that decode; one for each processor if not given.
-        out: JSON file for the whole report; scan.json in the run folder if not given.
+        out: JSON file for the whole report; in the run folder scan.json, or scan_SPLIT.json of each split, if not given.
     """
-    from .config import by_split
     from .data.scan import scan as run
-    from .settings import from_dict
 
-    splits = by_split(from_dict(given.values, "the configuration"))
+    splits = _splits(given)
     if len(splits) > 1 and out:
         raise ValueError("--out is one file, but there are several splits; leave it out, and each has its own")
     status = 0
@@ -268,16 +274,14 @@ def few_shot_list(given: Given, *, out: str, shots: list[int] | None = None, bas
         shots: videos of each class; 2, 4, 8 and 16 if none is given.
         base_to_novel: also divide the classes in two, and write their labels, few-shot lists and test lists, as labels_base.csv.
     """
-    from .config import by_split
     from .data.few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
     from .data.lists import read_labels
     from .data.videos import read_videos
-    from .settings import from_dict
 
     written = []
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    for config in by_split(from_dict(given.values, "the configuration")).values():
+    for config in _splits(given).values():
         data = config.data
         classes, numbers = read_labels(data.labels), shots or [2, 4, 8, 16]
         train_list = read_videos(data.train_list, data.root, classes).samples

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from claver.config import Config, DataConfig
+from claver.data.few_shot import write_classes
 from claver.data.lists import DatasetError, list_hash
 from claver.data.motions import MOTIONS
 from claver.data.pack import pack
@@ -168,11 +169,12 @@ def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_ord
 ) -> None:
     path = str(sources[kind])
     root = str(sources["folder"] if kind == "list" else tmp_path)
-    data = DataConfig(root=root, train_list=path, test_list=path)
+    write_classes(tmp_path / "labels.csv", CLASSES)
+    data = DataConfig(root=root, train_list=path, test_list=path, labels=str(tmp_path / "labels.csv"))
     source = read_videos(path, data.root, CLASSES)
-    assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3, classes=CLASSES) == 0
+    assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3) == 0
     assert f"10 videos in 4 shards, hash {source.hash} (of {path}: {source.hash})" in capsys.readouterr().out
-    pack(Config(data=data), folder=str(tmp_path / "train"), classes=CLASSES)
+    pack(Config(data=data), folder=str(tmp_path / "train"))
     mixed = read_videos(tmp_path / "train", None, CLASSES)
     assert "mixed by the seed 3047" in capsys.readouterr().out
     assert mixed.hash != source.hash

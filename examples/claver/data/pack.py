@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from ..config import Config
@@ -20,7 +19,6 @@ def pack(
     which: Literal["train", "test"] = "train",
     per_shard: int = 1000,
     shuffle: bool | None = None,
-    classes: Sequence[str] | None = None,
 ) -> int:
     """Pack the videos of a list into WebDataset shards, as they are.
 
@@ -30,7 +28,6 @@ def pack(
         which: of the two lists.
         per_shard: videos in each shard.
         shuffle: mix the list by the configuration's seed; by default that for training, which mixes near videos alone.
-        classes: names by label; by default those of `data.labels`.
 
     Returns:
         The exit status, 0.
@@ -39,7 +36,7 @@ def pack(
         DatasetError: a list or a video that cannot be read.
         ValueError: a folder that has shards already.
     """
-    names = read_labels(config.data.labels) if classes is None else list(classes)
+    names = read_labels(config.data.labels)
     path = config.data.train_list if which == "train" else config.data.test_list
     source = read_videos(path, config.data.root, names)
     root = path if source.kind == "folder" else config.data.root

@@ -98,7 +98,6 @@ def scan(
     deep: bool = False,
     processes: int | None = None,
     output: str | None = None,
-    classes: Sequence[str] | None = None,
 ) -> int:
     """Look at every video of the training and the test list, and print what is wrong with them.
 
@@ -107,7 +106,6 @@ def scan(
         deep: decode every frame; otherwise the packets of each file are counted and its first frame is decoded.
         processes: that decode; by default one for each processor.
         output: a JSON file for the whole report; by default `scan.json` in `run_dir`.
-        classes: names by label; by default those of `data.labels`.
 
     Returns:
         The exit status: 1 if a video is missing, broken, short or there twice, else 0.
@@ -115,7 +113,7 @@ def scan(
     Raises:
         DatasetError: a list that cannot be read.
     """
-    names = read_labels(config.data.labels) if classes is None else list(classes)
+    names = read_labels(config.data.labels)
     sources = {
         name: read_videos(path, config.data.root, names)
         for name, path in (("train", config.data.train_list), ("test", config.data.test_list))

@@ -18,6 +18,7 @@ from ..prompts.build import Interpretive, tokenize
 __all__ = ["NAMES", "Nearest", "TextEncoder", "clip_encoder", "compare_texts", "nearest", "plot_texts", "summarize"]
 
 NAMES, ALL = "class names", "all sentences"
+BATCH = 256  # texts encoded at once
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """Texts -> features `(len(texts), E)`, of any length."""
@@ -32,7 +33,7 @@ class Nearest(NamedTuple):
 
 
 def clip_encoder(
-    name: str | None = None, pretrained: str | None = None, checkpoint: str | None = None, batch_size: int = 256
+    name: str | None = None, pretrained: str | None = None, checkpoint: str | None = None
 ) -> tuple[str, TextEncoder]:
     """What a text tower is called, and the tower: that of an open_clip model, or of a CLAVER checkpoint.
 
@@ -40,7 +41,6 @@ def clip_encoder(
         name: an architecture of open_clip.
         pretrained: a tag of open_clip or a file of weights; None: random weights.
         checkpoint: a checkpoint of this program, in place of the other two.
-        batch_size: texts encoded at once.
 
     Raises:
         ImportError: open_clip is missing.
@@ -74,20 +74,20 @@ def clip_encoder(
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Tensor:
-        parts = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        parts = [list(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
         return torch.cat([clip.encode_text(tokens_of(part).to(device)).float().cpu() for part in parts])
 
     return title, encode
 
 
-def compare_texts(entries: Interpretive, encode: TextEncoder, template: str = "{}") -> dict[str, Tensor]:
+def compare_texts(entries: Interpretive, encode: TextEncoder) -> dict[str, Tensor]:
     """Cosines `(C, C)` between classes by their names, by each kind of sentence, and by all sentences.
 
     The feature of a class is the mean of its texts' normalised features, normalised.
     """
     names = list(entries)
     kinds = list(entries[names[0]])
-    texts = [template.replace("{}", clean_class_name(name)) for name in names]
+    texts = [clean_class_name(name) for name in names]
     owners = [("", i) for i in range(len(names))]
     for i, name in enumerate(names):
         for kind in kinds:
