@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .prompts.files import PromptFile
 
 __all__ = ["check", "confusion", "make", "show"]
 
@@ -202,7 +205,7 @@ def _names(path: str) -> list[str]:
     return names
 
 
-def _by_group(file: Any) -> list[str]:
+def _by_group(file: PromptFile) -> list[str]:
     """The classes of a file with similar ones side by side, if they are known."""
     from .prompts.check import dataset_of
     from .prompts.files import load_groups
