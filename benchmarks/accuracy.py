@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import common
 from claver.config import Config
+from claver.data.motions import MOTIONS, MotionDataset, write_motion_dataset
 from claver.demo import FRAMES, SIZE, demo_config
+from claver.evaluation.evaluate import run_evaluation
 from claver.model import Claver, build_model
-from claver.motions import MOTIONS, MotionDataset, write_motion_dataset
-from claver.train import run_evaluation, train
+from claver.training.train import train
 
 from kronmask import temporal_parameters
 from kronmask.nn import MaskRule

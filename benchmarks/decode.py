@@ -55,7 +55,7 @@ Reader = Callable[[str, Sequence[int]], np.ndarray]
 
 
 def _kronmask(path: str, indices: Sequence[int]) -> np.ndarray:
-    from claver.video import probe, read_frames
+    from claver.data.video import probe, read_frames
 
     return read_frames(probe(path), indices).numpy()
 
@@ -103,7 +103,7 @@ READERS: dict[str, Reader] = {
 
 def indices_of(frames: int) -> list[int]:
     """The middle frame of each of 8 segments, as one test view takes them."""
-    from claver.sampling import segment_indices
+    from claver.data.sampling import segment_indices
 
     return segment_indices(frames, TAKEN).tolist()
 

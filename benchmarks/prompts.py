@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import common
-from claver.prompt_check import pool_entries
-from claver.prompt_files import DATASETS, read_prompt_file, shipped_file
-from claver.prompt_rules import content_words, mask_name
-from claver.prompts import KINDS
+from claver.prompts.build import KINDS
+from claver.prompts.check import pool_entries
+from claver.prompts.files import DATASETS, read_prompt_file, shipped_file
+from claver.prompts.rules import content_words, mask_name
 
 __all__ = ["CHOICES", "METHOD", "Question", "draw_questions", "main", "read_blindly", "summarize"]
 

@@ -50,7 +50,7 @@ class Step:
 
     def __init__(self, options: argparse.Namespace, ranks: int, rank: int) -> None:
         from claver.model import build_model
-        from claver.prompts import tokenize
+        from claver.prompts.build import tokenize
 
         torch.manual_seed(0)
         self.model = build_model(_model(options))
@@ -79,7 +79,7 @@ class Step:
     def __call__(self, way: str, seed: int) -> float:
         """The loss of a step, which leaves its gradients."""
         from claver.model import freeze
-        from claver.step import contrastive_loss
+        from claver.training.step import contrastive_loss
 
         if self.ranks == 1:
             freeze(self.model, "temporal" if way in (FROZEN_WHOLE, FROZEN_ONCE) else "full")
@@ -132,8 +132,8 @@ def _model(options: argparse.Namespace) -> Any:
 
 def _prompts(classes: int) -> list[list[str]]:
     from claver.config import Config
-    from claver.prompt_choice import choose_prompts
-    from claver.prompt_files import shipped_classes
+    from claver.prompts.choice import choose_prompts
+    from claver.prompts.files import shipped_classes
 
     return [row[:classes] for row in choose_prompts(Config(), list(shipped_classes("kinetics400"))).prompts]
 
@@ -224,7 +224,7 @@ def count(models: dict[str, int], frames: int = 8, clips: int = 8, shared_by: in
     """The share of the text tower in a step for models of Kinetics-400, by the FLOPs alone."""
     from claver.config import ModelConfig
     from claver.model import build_model
-    from claver.prompts import tokenize
+    from claver.prompts.build import tokenize
     from claver.text import StepTexts, TrainingTexts, step_flops
 
     tokens = tokenize(_prompts(400))

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from claver import DEMO_CHECKPOINT, check_demo_checkpoint
 
 if TYPE_CHECKING:
-    from claver.annotate import AnnotatedVideo
     from claver.config import ModelConfig
-    from claver.prompt_choice import Choice
-    from claver.sources import Source
-    from claver.streaming import StreamClassifier
+    from claver.data.sources import Source
+    from claver.evaluation.annotate import AnnotatedVideo
+    from claver.evaluation.streaming import StreamClassifier
+    from claver.prompts.choice import Choice
     from torch import Tensor
 
 MOST_BARS = 10  # in an annotated video
@@ -42,13 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Stream all sources one after the other, and end with a summary, also when Ctrl-C or an error cuts the stream short."""
     import torch
-    from claver.annotate import AnnotatedVideo
-    from claver.checkpoint import load_model
-    from claver.evaluate import encode_prompts
+    from claver.data.sources import open_source
+    from claver.evaluation.annotate import AnnotatedVideo
+    from claver.evaluation.streaming import StreamClassifier
     from claver.settings import from_dict
-    from claver.sources import open_source
-    from claver.streaming import StreamClassifier
-    from claver.train import tokens_of
+    from claver.text import encode_prompts, tokens_of
+    from claver.weights.checkpoint import load_model
 
     check_demo_checkpoint(options.checkpoint)
     for path in filter(None, (options.out, options.plot)):
@@ -93,8 +92,8 @@ def _stream(
     classes: list[str],
     video: AnnotatedVideo | None,
 ) -> None:
-    from claver.annotate import annotate
-    from claver.evaluate import likeliest
+    from claver.evaluation.annotate import annotate
+    from claver.evaluation.evaluate import likeliest
     from tqdm import tqdm
 
     curves = _Curves()
@@ -136,8 +135,8 @@ def _stream(
 
 
 def _texts(options: argparse.Namespace, content: dict[str, Any]) -> Choice:
-    from claver.data import read_labels
-    from claver.prompt_choice import choose_prompts_of_checkpoint, choose_prompts_of_others
+    from claver.data.lists import read_labels
+    from claver.prompts.choice import choose_prompts_of_checkpoint, choose_prompts_of_others
     from claver.settings import from_dict
 
     config = from_dict(content["config"], options.checkpoint)

@@ -137,6 +137,16 @@ def test_nothing_failed_under_the_lowest_supported_versions():
         assert stored["versions"][name] == pinned[name]
 
 
+def test_the_lowest_versions_are_the_bounds_of_the_package():
+    """Of the packages that are named with a version; where there is no 2.5.0 of one the bound is 2.5 and the version 2.5.2."""
+    pinned = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (ROOT / "tests" / "lowest.txt").read_text(), re.M))
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert pinned.keys() - bounds.keys() <= {"torchvision"}
+    assert {"torch", "timm", "jsonargparse", "webdataset", "safetensors", "tensorboard"} <= pinned.keys()
+    for name in pinned.keys() & bounds.keys():
+        assert f"{pinned[name]}.".startswith(f"{bounds[name]}."), name
+
+
 def test_the_demo_is_quoted_as_it_was_measured():
     stored = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     line = next(line for line in README.splitlines() if "top-1" in line and "as a frame average" in line)

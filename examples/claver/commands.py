@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import model_commands, prompt_command
+from . import model_commands, prompt_commands
 from .command_line import Command, Given, Group
 
 if TYPE_CHECKING:
     from .config import Config
     from .model import Claver
-    from .prompt_choice import Choice
+    from .prompts.choice import Choice
+    from .weights.loading import Loaded
 
 __all__ = ["COMMANDS"]
 
@@ -51,19 +52,15 @@ def train(given: Given, *, resume: bool = False, init_from: str | None = None) -
         resume: go on with the run in the run folder.
         init_from: checkpoint, ours or the authors', whose weights are those of step 0.
     """
-    from .checkpoint import load_model
-    from .config import by_split
-    from .prompt_choice import choose_prompts_of_checkpoint
-    from .run_folder import BEST
-    from .settings import from_dict
-    from .train import train as run
+    from .prompts.choice import choose_prompts_of_checkpoint
+    from .training.train import train as run
+    from .weights.checkpoint import BEST, load_model
 
-    splits = by_split(from_dict(given.values, "the configuration"))
+    splits = _splits(given)
     folder = run(next(iter(splits.values())), resume=resume, init_from=init_from).folder
     model, content = load_model(folder / BEST)
-    choices = {split: choose_prompts_of_checkpoint(config, content) for split, config in splits.items()}
-    about = {"checkpoint": f"{BEST}, of epoch {content['epoch']}"}
-    _evaluate(model, {split: (splits[split], choices[split]) for split in splits}, about, folder)
+    tasks = {split: (config, choose_prompts_of_checkpoint(config, content)) for split, config in splits.items()}
+    _evaluate(model, tasks, {"checkpoint": f"{BEST}, of epoch {content['epoch']}"}, folder)
     return 0
 
 
@@ -76,7 +73,7 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
         force: take the settings that are given even where the weights were trained under others.
     """
     from .config import by_split
-    from .loading import open_checkpoint, texts_of
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     if "augment.short_side" in given.typed and loaded.config.test.crops == 3:
@@ -86,25 +83,39 @@ def evaluate(given: Given, *, checkpoint: str, out: str | None = None, force: bo
     splits = by_split(loaded.config)
     if "test.summary" in given.typed and len(splits) == 1:
         raise ValueError("test.summary has no effect without data.splits; leave it out")
-    choices = {
-        split: texts_of(loaded._replace(config=config), given, need_labels=True) for split, config in splits.items()
-    }
-    about = {"checkpoint": checkpoint}
-    _evaluate(
-        loaded.model, {split: (splits[split], choices[split]) for split in splits}, about, Path(out) if out else None
-    )
+    tasks = _with_texts(loaded, splits, given)
+    _evaluate(loaded.model, tasks, {"checkpoint": checkpoint}, Path(out) if out else None)
     return 0
+
+
+def _splits(given: Given) -> dict[str, Config]:
+    """The configuration that is given, by its splits."""
+    from .config import by_split
+    from .settings import from_dict
+
+    return by_split(from_dict(given.values, "the configuration"))
+
+
+def _with_texts(loaded: Loaded, splits: dict[str, Config], given: Given) -> dict[str, tuple[Config, Choice]]:
+    """The texts of a checkpoint for each split, whose labels count."""
+    from .weights.loading import texts_of
+
+    return {
+        split: (config, texts_of(loaded._replace(config=config), given, need_labels=True))
+        for split, config in splits.items()
+    }
 
 
 def _evaluate(
     model: Claver, splits: dict[str, tuple[Config, Choice]], about: dict[str, Any], folder: Path | None
 ) -> dict[str, Any]:
     """Evaluate on each split; print the numbers as a line of JSON, and write reports if there is a folder for them."""
-    from .files import replace_file
+    from .data.videos import read_videos
+    from .evaluation.evaluate import run_evaluation
+    from .evaluation.reports import numbers, over_splits, write_report
+    from .files import write_text
     from .processes import this_process
-    from .reports import numbers, over_splits, write_report
-    from .train import run_evaluation, tokens_of
-    from .videos import read_videos
+    from .text import tokens_of
 
     results: dict[str, dict[str, Any]] = {}
     main = this_process().is_main_process
@@ -124,8 +135,7 @@ def _evaluate(
         summary = next(iter(splits.values()))[0].test.summary
         result = about | {"splits": results} | over_splits(results, summary)
         if folder and main:
-            with replace_file(folder / "results.json") as partial_file:
-                partial_file.write_text(json.dumps(result, indent=2) + "\n")
+            write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
     if main:
         print(json.dumps(result))
     return result
@@ -167,11 +177,11 @@ def wise_ft(
         alphas: shares of the tuned weights; 0 to 1 in steps of a tenth if none is given.
         zero_shot: configurations of the other tasks, as zero_shot_hmdb51; their data sections are taken.
     """
-    from .checkpoint import load_checkpoint
     from .config import by_split
-    from .loading import open_checkpoint, texts_of
+    from .evaluation.wise_ft import pretrained_state, sweep
     from .settings import find_config, from_dict, merge, read_yaml, to_dict
-    from .wise_ft import pretrained_state, sweep
+    from .weights.checkpoint import load_checkpoint
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given)
     before = load_checkpoint(source)["model"] if source else pretrained_state(loaded.config.model)
@@ -183,10 +193,7 @@ def wise_ft(
         tasks[Path(name).stem] = (config, Given(values, typed))
     runs = {}
     for task, (config, settings) in tasks.items():
-        splits = {
-            split: (one, texts_of(loaded._replace(config=one), settings, need_labels=True))
-            for split, one in by_split(config).items()
-        }
+        splits = _with_texts(loaded, by_split(config), settings)
         runs[task] = partial(_evaluate, splits=splits, about={"task": task}, folder=None)
     shares = [share / 10 for share in range(11)] if alphas is None else alphas
     sweep(loaded.model, before, shares, runs, out)
@@ -209,8 +216,8 @@ def order(
         opposites: CSV of class,opposite; the motions of the demo if none is given.
         out: JSON file for the numbers.
     """
-    from .order import order as run
-    from .order import read_opposites
+    from .evaluation.order import order as run
+    from .evaluation.order import read_opposites
 
     run(runs, control=control or (), opposites=read_opposites(opposites) if opposites else None, out=out)
     return 0
@@ -222,13 +229,11 @@ def scan(given: Given, *, deep: bool = False, processes: int | None = None, out:
     Args:
         deep: decode every frame; otherwise packets are counted and the first frame is decoded.
         processes: that decode; one for each processor if not given.
-        out: JSON file for the whole report; scan.json in the run folder if not given.
+        out: JSON file for the whole report; in the run folder scan.json, or scan_SPLIT.json of each split, if not given.
     """
-    from .config import by_split
-    from .scan import scan as run
-    from .settings import from_dict
+    from .data.scan import scan as run
 
-    splits = by_split(from_dict(given.values, "the configuration"))
+    splits = _splits(given)
     if len(splits) > 1 and out:
         raise ValueError("--out is one file, but there are several splits; leave it out, and each has its own")
     status = 0
@@ -254,7 +259,7 @@ def shards(
         per_shard: videos of a shard.
         shuffle: pack them in random order, as training from shards needs it; by default those of train.
     """
-    from .pack import pack
+    from .data.pack import pack
     from .settings import from_dict
 
     config = from_dict(given.values, "the configuration")
@@ -269,16 +274,14 @@ def few_shot_list(given: Given, *, out: str, shots: list[int] | None = None, bas
         shots: videos of each class; 2, 4, 8 and 16 if none is given.
         base_to_novel: also divide the classes in two, and write their labels, few-shot lists and test lists, as labels_base.csv.
     """
-    from .config import by_split
-    from .few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
-    from .lists import read_labels
-    from .settings import from_dict
-    from .videos import read_videos
+    from .data.few_shot import base_and_novel, draw_few_shot, of_classes, write_classes, write_list
+    from .data.lists import read_labels
+    from .data.videos import read_videos
 
     written = []
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    for config in by_split(from_dict(given.values, "the configuration")).values():
+    for config in _splits(given).values():
         data = config.data
         classes, numbers = read_labels(data.labels), shots or [2, 4, 8, 16]
         train_list = read_videos(data.train_list, data.root, classes).samples
@@ -329,9 +332,9 @@ COMMANDS: dict[str, Command | Group] = {
     "export": Command(model_commands.export, (*TEXTS, *PIXELS, *BOUND)),
     "push": Command(model_commands.push, (*TEXTS, *PIXELS, *BOUND)),
     "prompts": {
-        "make": Command(prompt_command.make),
-        "check": Command(prompt_command.check),
-        "show": Command(prompt_command.show),
-        "confusion": Command(prompt_command.confusion),
+        "make": Command(prompt_commands.make),
+        "check": Command(prompt_commands.check),
+        "show": Command(prompt_commands.show),
+        "confusion": Command(prompt_commands.confusion),
     },
 }

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .augment import AugmentConfig
-from .prompts import KINDS, TEMPLATES
+from .data.augment import AugmentConfig
+from .prompts.build import KINDS, TEMPLATES
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "TestConfig", "TrainConfig", "by_split"]
 

@@ -24,20 +24,20 @@ import kronmask
 from kronmask import masks
 
 from . import DEMO_CHECKPOINT
-from .augment import AugmentConfig
 from .config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
-from .data import read_labels, read_list
-from .evaluate import Evaluation, likeliest
-from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results
-from .files import replace_file
-from .motions import MOTIONS, MotionDataset, write_motion_dataset
-from .order import Order, evaluate_order, opposites_of
-from .prompts import OBJECT_TEMPLATES
-from .run_folder import saved_steps, weights_of
-from .sampling import segment_indices
-from .tars import Member
-from .train import run_evaluation, train
-from .video import read_clip
+from .data.augment import AugmentConfig
+from .data.lists import read_labels, read_list
+from .data.motions import MOTIONS, MotionDataset, write_motion_dataset
+from .data.sampling import segment_indices
+from .data.tars import Member
+from .data.video import read_clip
+from .evaluation.evaluate import Evaluation, likeliest, run_evaluation
+from .evaluation.order import Order, evaluate_order, opposites_of
+from .figures import plot_confusion, plot_curves, plot_film_strips, plot_results, save_figure
+from .files import replace_file, write_text
+from .prompts.build import OBJECT_TEMPLATES
+from .training.run_folder import saved_steps, weights_of
+from .training.train import train
 
 __all__ = ["demo", "demo_config"]
 
@@ -159,7 +159,7 @@ def demo(
         "versions": {"kronmask": kronmask.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     pictures = _draw(folder, dataset, classes, histories, evaluations)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     _report(folder, results, pictures)
     return results
 
@@ -197,7 +197,7 @@ def _draw(
         example = masks.NAMES[name](FRAMES, 17)
         example.plot(ax)
         ax.set_title(f"{name}: {example.density:.0%} of all pairs", fontsize=10)
-    figure.savefig(mask, dpi=150)
+    save_figure(figure, mask)
     plt.close(figure)
 
     model = evaluations["KMCT"]

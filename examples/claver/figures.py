@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .files import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_confusion", "plot_curves", "plot_film_strips", "plot_probabilities", "plot_results", "plot_tradeoff"]
+__all__ = [
+    "plot_confusion",
+    "plot_curves",
+    "plot_film_strips",
+    "plot_probabilities",
+    "plot_results",
+    "plot_tradeoff",
+    "save_figure",
+]
 
 DPI = 150
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#dddddd"
@@ -90,7 +100,7 @@ def plot_film_strips(
             bars.text(1, top - 0.5 * step, f"{probability:.0%}", va="bottom", ha="right", fontsize=8, color=MUTED)
         bars.set(xlim=(0, 1), ylim=(0, 1))
         bars.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion(
@@ -151,7 +161,7 @@ def plot_confusion(
         axes.set_title(
             f"{model}   {top1:.1%} correct" if model else f"{top1:.1%} correct", loc="left", fontsize=9, color=INK
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: FilePath, title: str = "") -> None:
@@ -206,7 +216,7 @@ def plot_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], path: FilePa
         )
     if not ends:
         panels[0].legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_results(
@@ -248,7 +258,7 @@ def plot_results(
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.axvline(0, color=MUTED, linewidth=1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_tradeoff(records: Sequence[Mapping[str, float]], path: FilePath) -> None:
@@ -277,7 +287,7 @@ def plot_tradeoff(records: Sequence[Mapping[str, float]], path: FilePath) -> Non
     _title(figure, "Weights between the pretrained model (0) and the tuned one (1)")
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_probabilities(
@@ -324,7 +334,7 @@ def plot_probabilities(
     axes.margins(x=0.02)
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -376,7 +386,9 @@ def _spread(heights: Sequence[float], distance: float) -> list[float]:
     return placed
 
 
-def _save(figure: Figure, path: FilePath) -> None:
+def save_figure(figure: Figure, path: FilePath) -> None:
+    """Write a figure in the format that the ending of `path` names, PNG without one; its folder is made if it is not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=DPI, format=path.suffix[1:] or "png")

@@ -40,7 +40,7 @@ class Claver(nn.Module):
     @staticmethod
     def from_pretrained(name: str | Path, *, revision: str | None = None) -> Claver:
         """A model of the Hugging Face Hub, or of a folder, as `hub.from_pretrained`."""
-        from .hub import from_pretrained
+        from .weights.hub import from_pretrained
 
         return from_pretrained(name, revision=revision)
 

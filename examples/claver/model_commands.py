@@ -36,17 +36,12 @@ def predict(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .loading import open_checkpoint, texts_of
-    from .predict import predict as run
+    from .evaluation.predict import predict as run
+    from .weights.loading import open_with_texts
 
-    loaded = open_checkpoint(checkpoint, given, force=force)
-    choice = texts_of(loaded, given, classes)
     return run(
         videos,
-        model=loaded.model,
-        config=loaded.config,
-        classes=choice.classes,
-        prompts=choice.prompts,
+        **open_with_texts(checkpoint, given, classes, force=force),
         top=top,
         json_lines=json,
         annotated=annotate,
@@ -72,8 +67,8 @@ def features(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .features import features as run
-    from .loading import open_checkpoint
+    from .evaluation.features import features as run
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     return run(videos, out, model=loaded.model, config=loaded.config, overwrite=overwrite)
@@ -101,8 +96,8 @@ def retrieve(
         json: print a JSON object a line.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .loading import open_checkpoint
-    from .retrieve import retrieve as run
+    from .evaluation.retrieve import retrieve as run
+    from .weights.loading import open_checkpoint
 
     loaded = open_checkpoint(checkpoint, given, force=force)
     return run(
@@ -134,14 +129,10 @@ def export(
         overwrite: replace what was exported there before.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .export import export as run
-    from .loading import open_checkpoint, texts_of
+    from .weights.export import export as run
+    from .weights.loading import open_with_texts
 
-    loaded = open_checkpoint(checkpoint, given, force=force)
-    choice = texts_of(loaded, given, classes)
-    folder = run(
-        loaded.model, out, config=loaded.config, classes=choice.classes, prompts=choice.prompts, overwrite=overwrite
-    )
+    folder = run(folder=out, **open_with_texts(checkpoint, given, classes, force=force), overwrite=overwrite)
     print(f"exported to {folder}")
     return 0
 
@@ -164,14 +155,9 @@ def convert(
         overwrite: replace that file.
         force: take the settings that are given even where the weights were trained under others.
     """
-    from .convert import convert as run
-    from .lists import read_labels
-    from .loading import open_checkpoint
+    from .weights.convert import convert as run
 
-    config = open_checkpoint(source, given, force=force).config
-    if classes is None and "data.labels" in given.typed:
-        classes = read_labels(config.data.labels)
-    path = run(source, out, config=config if given.values else None, classes=classes, force=force, overwrite=overwrite)
+    path = run(source, out, given, classes=classes, force=force, overwrite=overwrite)
     print(f"written to {path}")
     return 0
 
@@ -196,11 +182,10 @@ def push(
         private: seen by its owner alone.
         folder: where to keep what is published.
     """
-    from .hub import push as run
-    from .loading import open_checkpoint, texts_of
+    from .weights.hub import push as run
+    from .weights.loading import open_with_texts
 
-    loaded = open_checkpoint(checkpoint, given)
-    choice = texts_of(loaded, given)
+    parts = open_with_texts(checkpoint, given)
     path = Path(results) if results else Path(checkpoint).parent / "results.json"
     found: dict[str, Any] | None = None
     if results or path.is_file():
@@ -208,17 +193,5 @@ def push(
             found = json_format.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not the results of an evaluation ({error})") from error
-    print(
-        run(
-            loaded.model,
-            repo_id,
-            config=loaded.config,
-            classes=choice.classes,
-            prompts=choice.prompts,
-            results=found,
-            license=license,
-            private=private,
-            folder=folder,
-        )
-    )
+    print(run(repo_id=repo_id, **parts, results=found, license=license, private=private, folder=folder))
     return 0

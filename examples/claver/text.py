@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .prompts import draw_prompts
+from .prompts.build import draw_prompts, tokenize
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +36,7 @@ __all__ = [
     "share_texts",
     "step_flops",
     "text_lengths",
+    "tokens_of",
 ]
 
 # A further pass through the text tower costs a GPU about as much as this many tokens: 2 ms of launches.
@@ -337,3 +338,8 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def tokens_of(prompts: list[list[str]], model: Claver) -> Tensor:
+    """Tokens `(A, C, context)` for the text tower of `model`."""
+    return tokenize(prompts, context_length=model.clip.context_length)

@@ -7,7 +7,7 @@ from pathlib import Path
 import accuracy
 import pytest
 import torch
-from claver.motions import MotionDataset
+from claver.data.motions import MotionDataset
 
 from kronmask import KronMask
 

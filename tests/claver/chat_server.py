@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
 
-from claver.prompts import KINDS
+from claver.prompts.build import KINDS
 
 Answer = dict[str, Any]
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from claver.augment import AugmentConfig
 from claver.config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
-from claver.motions import write_motion_dataset
+from claver.data.augment import AugmentConfig
+from claver.data.motions import write_motion_dataset
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}

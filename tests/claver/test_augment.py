@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from claver import augment
-from claver.augment import (
+from claver.data import augment
+from claver.data.augment import (
     CLIP_MEAN,
     CLIP_STD,
     AugmentConfig,

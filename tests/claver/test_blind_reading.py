@@ -7,8 +7,8 @@ from pathlib import Path
 import common
 import prompts as blind
 import pytest
-from claver.prompt_files import DATASETS, read_prompt_file, shipped_file
-from claver.prompts import KINDS
+from claver.prompts.build import KINDS
+from claver.prompts.files import DATASETS, read_prompt_file, shipped_file
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from claver.augment import AugmentConfig
-from claver.broken import BrokenFiles
 from claver.config import DataConfig, TestConfig
-from claver.data import TrainDataset, set_epoch, train_loader
-from claver.lists import DatasetError, Sample
-from claver.shards import read_shards, write_shards
-from claver.train import run_evaluation, train
-from claver.video import VideoError
+from claver.data.augment import AugmentConfig
+from claver.data.broken import BrokenFiles
+from claver.data.datasets import TrainDataset, set_epoch, train_loader
+from claver.data.lists import DatasetError, Sample
+from claver.data.motions import MOTIONS
+from claver.data.shards import read_shards, write_shards
+from claver.data.video import VideoError
+from claver.data.videos import read_videos
+from claver.evaluation.evaluate import run_evaluation
+from claver.training.step import TrainStep
+from claver.training.train import Stopped, train
 from small import small_config
 from video_files import write_video
 
@@ -136,6 +141,35 @@ def test_a_training_that_skips_says_what_and_how_much(tmp_path: Path, capsys: py
         DatasetError, match=r"found 14 of 16.*max_broken = 0.07 of them:\n.*train_00003.*\n.*train_00005"
     ):
         train(less)
+
+
+@pytest.mark.parametrize("most", [0.07, 0.13])
+def test_a_restart_gives_no_new_allowance(most: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, epochs=1)
+    data = dataclasses.replace(config.data, broken="skip", max_broken=most)
+    config = dataclasses.replace(config, data=data)
+    samples = read_videos(data.train_list, data.root, MOTIONS).samples
+    loader = train_loader(TrainDataset(samples, 4, config.augment, seed=config.seed), 8)
+    set_epoch(loader, 0)
+    first, second = (samples[batch["index"].tolist()[0]].path for batch in loader)
+    Path(str(first)).write_text("no video")
+    step = TrainStep.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", lambda self, batches, stop: step(self, batches, stop=True))
+        with pytest.raises(Stopped):
+            train(config)
+    Path(str(second)).write_text("no video")
+    moved = shutil.copytree(data.root, tmp_path / "moved")
+    config = dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved)))
+    capsys.readouterr()
+    if most < 2 / 16:
+        with pytest.raises(DatasetError, match="found 14 of 16 videos, 2 missing or broken, more than data.max_broken"):
+            train(config, resume=True)
+        return
+    train(config, resume=True)
+    said = "".join(capsys.readouterr())
+    assert f"passed over before: {moved}/{Path(str(first)).relative_to(data.root)}: is not a video file" in said
+    assert re.search(r"epoch 1: [23] clips of broken videos were replaced; 2 of 16 videos are missing or broken", said)
 
 
 # Evaluation

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from claver.config import Config
 from claver.model import build_model
-from claver.official import from_official
 from claver.settings import to_dict
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from claver.weights.official import from_official
 from official_files import official_names
 from safetensors.torch import load_file, save_file
 from small import TEXT, VISION, small_model

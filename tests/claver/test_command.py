@@ -6,9 +6,11 @@ from pathlib import Path
 import claver_k400
 import pytest
 from claver.command_line import parse
-from claver.data import read_labels
+from claver.data.lists import read_labels
 from claver.demo import demo
-from claver.train import train
+from claver.settings import to_dict
+from claver.training.train import train
+from claver.weights import checkpoint
 from small import small_config
 
 
@@ -82,12 +84,37 @@ def test_ids_in_another_order_give_the_same_number(run, capsys, tmp_path):
 def test_a_model_that_the_weights_are_not_of_is_refused_unless_forced(run, setting, named, capsys):
     command = ["eval", "--checkpoint", f"{run.run_dir}/best.safetensors", f"--{setting}"]
     assert claver_k400.main(command) == 1
-    assert named in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert named in error
+    assert "leave these settings out, or pass --force" in error
     if "frames" in setting:
         with pytest.warns(
             UserWarning, match="was trained on 4 frames and gets 8: its temporal embedding is interpolated"
         ):
             assert claver_k400.main([*command, "--force"]) == 0
+
+
+def test_where_nothing_can_be_forced_no_error_says_so(run, tmp_path, capsys):
+    checkpoint, config = f"{run.run_dir}/best.safetensors", tmp_path / "c.yaml"
+    config.write_text(json.dumps(to_dict(run) | {"run_dir": str(tmp_path / "run")}))
+    for command, remedy in (
+        (["push", "--checkpoint", checkpoint, "--folder", str(tmp_path / "hub")], "leave these settings out"),
+        (["wise-ft", "--checkpoint", checkpoint, "--out", str(tmp_path / "wise")], "leave these settings out"),
+        (["train", "--config", str(config), "--init_from", checkpoint], "give these settings as they are there"),
+    ):
+        assert claver_k400.main([*command, "--model.attention=kmct"]) == 1
+        error = capsys.readouterr().err
+        assert error.rstrip().endswith(f"model.attention is 'kmt' there, 'kmct' here; {remedy}")
+
+
+def test_a_converted_checkpoint_is_read_once_and_its_model_built_once(run, tmp_path, monkeypatch):
+    done = []
+    for name in ("safe_open", "build_model"):
+        original = getattr(checkpoint, name)
+        monkeypatch.setattr(checkpoint, name, lambda *args, f=original, n=name: done.append(n) or f(*args))
+    out = tmp_path / "out.safetensors"
+    assert claver_k400.main(["convert", f"{run.run_dir}/best.safetensors", str(out)]) == 0
+    assert done == ["safe_open", "build_model"]
 
 
 def test_eval_prints_top_1_and_top_5(run, capsys):

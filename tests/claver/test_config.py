@@ -5,10 +5,10 @@ import re
 
 import claver_k400
 import pytest
-from claver.augment import AugmentConfig
 from claver.config import Config, DataConfig, ModelConfig, TestConfig, TrainConfig
-from claver.prompt_choice import choose_prompts
-from claver.prompt_files import shipped_classes
+from claver.data.augment import AugmentConfig
+from claver.prompts.choice import choose_prompts
+from claver.prompts.files import shipped_classes
 from claver.settings import from_dict, load_config, settings_of, to_dict
 from docstring_parser import parse as parse_docstring
 

@@ -6,24 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.augment import AugmentConfig, crop_views, resize_short_side, train_clip
-from claver.data import (
-    DatasetError,
-    Sample,
+from claver.data.augment import AugmentConfig, crop_views, resize_short_side, train_clip
+from claver.data.broken import broken_files, check_files
+from claver.data.datasets import (
     TestDataset,
     TrainDataset,
     _generator,
-    broken_files,
-    check_files,
     eval_loader,
-    list_hash,
-    read_labels,
-    read_list,
     set_epoch,
     train_loader,
 )
-from claver.sampling import segment_indices, view_indices
-from claver.video import VideoError, probe, read_clip, read_frames
+from claver.data.lists import DatasetError, Sample, list_hash, read_labels, read_list
+from claver.data.sampling import segment_indices, view_indices
+from claver.data.video import VideoError, probe, read_clip, read_frames
 from torch._utils import ExceptionWrapper
 from video_files import copy_from, read_numbers, write_video
 
@@ -186,7 +181,7 @@ def test_the_cache_changes_nothing_but_the_number_of_decodes(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
-    monkeypatch.setattr("claver.data.read_clip", lambda *args: reads.append(args) or read_clip(*args))
+    monkeypatch.setattr("claver.data.datasets.read_clip", lambda *args: reads.append(args) or read_clip(*args))
     plain, cached = TrainDataset(samples, 8, SMALL), TrainDataset(samples, 8, SMALL, cache=True)
     expected = [[plain[i]["video"] for i in range(7) if plain.set_epoch(epoch) is None] for epoch in range(3)]
     reads.clear()

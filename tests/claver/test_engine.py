@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from claver.config import Config, TrainConfig
-from claver.evaluate import encode_prompts
+from claver.evaluation.evaluate import run_evaluation
 from claver.model import build_model, freeze
-from claver.optimizer import AverageWeights, parameter_groups, place_in_tower
-from claver.run_folder import load_pair, saved_steps, weights_of
-from claver.step import NonFiniteError
-from claver.train import run_evaluation, tokens_of, train
+from claver.text import encode_prompts, tokens_of
+from claver.training.optimizer import AverageWeights, parameter_groups, place_in_tower
+from claver.training.run_folder import load_pair, saved_steps, weights_of
+from claver.training.step import NonFiniteError
+from claver.training.train import train
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from official_files import official_names
 from small import TEXT, VISION, small_config, small_model
 from test_run_folder import full_disk
@@ -230,11 +231,11 @@ def test_official_weights_and_those_of_another_number_of_frames_are_a_start(base
 
 
 def test_a_loss_that_is_no_number_stops_at_that_step_and_names_the_files(base, tmp_path, monkeypatch):
-    import claver.step
+    import claver.training.step
 
     losses = iter([1.0, 1.0, float("inf")])
-    original = claver.step.contrastive_loss
-    monkeypatch.setattr(claver.step, "contrastive_loss", lambda *args: original(*args) * next(losses))
+    original = claver.training.step.contrastive_loss
+    monkeypatch.setattr(claver.training.step, "contrastive_loss", lambda *args: original(*args) * next(losses))
     with pytest.raises(
         NonFiniteError, match=r"the loss is inf at step 3; the files of its batch are in .*nonfinite_step_00000003"
     ):

@@ -5,12 +5,12 @@ import json
 
 import claver_k400
 import pytest
-from claver.checkpoint import save_checkpoint
 from claver.config import by_split
+from claver.data.motions import write_motion_dataset
 from claver.model import build_model
-from claver.motions import write_motion_dataset
-from claver.prompt_files import shipped_classes
+from claver.prompts.files import shipped_classes
 from claver.settings import CONFIGS, load_config, read_yaml
+from claver.weights.checkpoint import save_checkpoint
 from small import TEXT, VISION, small_config
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -2,14 +2,15 @@
 
 import json
 
-import claver.export
+import claver.weights.export
 import pytest
 import torch
 from claver.config import Config
-from claver.evaluate import class_probabilities, encode_prompts
-from claver.export import export, load_export
+from claver.evaluation.evaluate import class_probabilities
 from claver.model import build_model
-from claver.prompts import tokenize
+from claver.prompts.build import tokenize
+from claver.text import encode_prompts
+from claver.weights.export import export, load_export
 from small import small_config, small_model
 
 CLASSES, PROMPTS = ["left", "right", "up"], [["a left", "a right", "an up"], ["left", "right", "up"]]
@@ -82,7 +83,7 @@ def test_other_numbers_than_the_models_are_not_written(tmp_path):
             return torch.rand_like(x)
 
     with pytest.raises(ValueError, match=r"v\.pt2: gives features that are .* from the model's"):
-        claver.export._write(Random(), tmp_path / "v.pt2", {"x": (torch.ones(3, 2), {})}, [])
+        claver.weights.export._write(Random(), tmp_path / "v.pt2", {"x": (torch.ones(3, 2), {})}, [])
     assert list(tmp_path.iterdir()) == []
 
 

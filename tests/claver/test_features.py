@@ -6,13 +6,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from claver.augment import AugmentConfig
 from claver.config import Config, TestConfig
-from claver.data import Sample, TestDataset
-from claver.features import features, model_digest, read_features
+from claver.data.augment import AugmentConfig
+from claver.data.datasets import TestDataset
+from claver.data.lists import Sample
+from claver.evaluation.features import features, model_digest, read_features
+from claver.evaluation.retrieve import nearest, retrieve
 from claver.model import build_model
-from claver.prompts import tokenize
-from claver.retrieve import nearest, retrieve
+from claver.prompts.build import tokenize
 from safetensors import safe_open
 from small import small_model
 from torch.nn import functional as F

@@ -4,8 +4,8 @@ from collections import Counter
 
 import claver_k400
 import pytest
-from claver.few_shot import base_and_novel, draw_few_shot, of_classes
-from claver.lists import DatasetError, Sample, read_labels, read_list
+from claver.data.few_shot import base_and_novel, draw_few_shot, of_classes
+from claver.data.lists import DatasetError, Sample, read_labels, read_list
 
 CLASSES = ["a", "b", "c"]
 SAMPLES = [Sample(f"v/{name}_{i}.avi", label) for i in range(6) for label, name in enumerate(CLASSES)]

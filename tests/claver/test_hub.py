@@ -8,11 +8,11 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from claver.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from claver.config import Config, DataConfig
-from claver.hub import CARD, CONFIG, WEIGHTS, fetch, from_pretrained, push, save_pretrained
+from claver.data.motions import MOTIONS
 from claver.model import Claver, build_model
-from claver.motions import MOTIONS
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from claver.weights.hub import CARD, CONFIG, WEIGHTS, fetch, from_pretrained, push, save_pretrained
 from small import small_model
 
 KEY = "hf_" + "k" * 34

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import load_checkpoint
-from claver.run_folder import load_pair, saved_steps, weights_of
+from claver.training.run_folder import load_pair, saved_steps, weights_of
+from claver.weights.checkpoint import load_checkpoint
 from small import small_config
 
 KILLS, STEPS, EPOCH = 20, 24, 12

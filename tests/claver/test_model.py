@@ -4,7 +4,7 @@ import pytest
 import torch
 from claver.config import ModelConfig, TrainConfig
 from claver.model import build_model, describe_trained, freeze, torch_defaults
-from claver.optimizer import parameter_groups
+from claver.training.optimizer import parameter_groups
 from small import small_model
 from torch import nn
 from torch.nn import functional as F

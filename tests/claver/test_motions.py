@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from claver.motions import MOTIONS, draw_clip, opposite, write_motion_dataset, write_video
+from claver.data.motions import MOTIONS, draw_clip, opposite, write_motion_dataset, write_video
 
 SEEDS = range(12)
 

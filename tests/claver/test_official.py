@@ -9,11 +9,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint, load_model
 from claver.config import Config
 from claver.model import build_model
-from claver.official import IMAGENET_MEAN, describe_official, find_settings, read_pickle
 from claver.settings import from_dict
+from claver.weights.checkpoint import CheckpointError, load_checkpoint, load_model
+from claver.weights.official import IMAGENET_MEAN, describe_official, find_settings, read_pickle
 from official_files import official_config, official_names, write_official
 from small import small_model
 
@@ -76,7 +76,9 @@ def test_without_a_known_mask_a_configuration_is_needed(tmp_path, state):
         if mask:
             config["MODEL"]["MASK_MODE"] = mask
         path = write_official(tmp_path / "o.pth", state, config)
-        with pytest.raises(CheckpointError, match=r"o\.pth: .* does not say which mask it has; pass --config"):
+        with pytest.raises(
+            CheckpointError, match=r"o\.pth: .* does not say which mask it has; .* convert FILE OUT --model.attention"
+        ):
             load_model(path)
         load_model(path, Config(model=small_model(vision=VISION, text=TEXT, layers=1)))
 

@@ -3,17 +3,18 @@
 import dataclasses
 import json
 
-import claver.order
+import claver.evaluation.order
 import pytest
 import torch
-from claver.checkpoint import save_checkpoint
-from claver.data import TestDataset, read_labels, read_list
-from claver.evaluate import Evaluation, class_probabilities, encode_prompts
+from claver.data.datasets import TestDataset
+from claver.data.lists import read_labels, read_list
+from claver.data.motions import MOTIONS
+from claver.evaluation.evaluate import Evaluation, class_probabilities, run_evaluation
+from claver.evaluation.order import Order, evaluate_order, opposites_of, order, summarize
 from claver.model import Claver, build_model
-from claver.motions import MOTIONS
-from claver.order import Order, evaluate_order, opposites_of, order, summarize
-from claver.prompt_choice import choose_prompts
-from claver.train import run_evaluation, tokens_of
+from claver.prompts.choice import choose_prompts
+from claver.text import encode_prompts, tokens_of
+from claver.weights.checkpoint import save_checkpoint
 from small import small_config, small_model
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ def test_reversed_and_shuffled_clips_are_what_the_model_is_given(runs):
     model = Sensitive(model.clip).eval()
     found = evaluate_order(model, lambda m: run_evaluation(config, m, tokens), opposites_of(MOTIONS))
     labels, backwards = expected_classes(config, model, tokens, lambda clip: clip.flip(0))
-    _, shuffled = expected_classes(config, model, tokens, lambda clip: clip[claver.order._shuffled(clip)])
+    _, shuffled = expected_classes(config, model, tokens, lambda clip: clip[claver.evaluation.order._shuffled(clip)])
     _, forwards = expected_classes(config, model, tokens, lambda clip: clip)
     assert (backwards != forwards).any()  # so it matters
     assert (shuffled != forwards).any()
@@ -89,7 +90,7 @@ def test_a_frame_average_says_the_same_in_any_order(runs):
 
 def test_batches_do_not_change_what_is_shuffled(runs):
     _, config, model, tokens = runs["kmct"]
-    shuffled = claver.order._Reordered(Sensitive(model.clip), claver.order._shuffled)
+    shuffled = claver.evaluation.order._Reordered(Sensitive(model.clip), claver.evaluation.order._shuffled)
     said = []
     for batch in (1, 5):
         changed = dataclasses.replace(config, test=dataclasses.replace(config.test, batch_size=batch))
@@ -97,8 +98,8 @@ def test_batches_do_not_change_what_is_shuffled(runs):
     torch.testing.assert_close(said[0], said[1], atol=1e-6, rtol=0)
     assert not torch.allclose(said[0], run_evaluation(config, shuffled.model, tokens).probabilities, atol=1e-3)
     clip = torch.randn(2, 3, 32, 32)
-    assert claver.order._shuffled(clip).tolist() == [1, 0]  # never the clip's own order
-    assert claver.order._shuffled(clip[:1]).tolist() == [0]
+    assert claver.evaluation.order._shuffled(clip).tolist() == [1, 0]  # never the clip's own order
+    assert claver.evaluation.order._shuffled(clip[:1]).tolist() == [0]
 
 
 def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
@@ -107,7 +108,7 @@ def test_shares_of_reversed_clips_are_of_classes_with_an_opposite():
     said = {"forwards": [0, 1, 2, 1], "_reversed": [1, 1, 0, 0], "_shuffled": [0, 1, 0, 0]}
 
     def evaluate(model):
-        name = model.order.__name__ if isinstance(model, claver.order._Reordered) else "forwards"
+        name = model.order.__name__ if isinstance(model, claver.evaluation.order._Reordered) else "forwards"
         return Evaluation(torch.eye(3)[said[name]], torch.eye(3)[said[name]], labels)
 
     model, opposites = build_model(small_model()), opposites_of(["up", "down", "still"], {"up": "down"})
@@ -147,7 +148,7 @@ def test_runs_are_summarized_with_students_interval():
     assert summarize([of(0.1)])["top1"]["interval"] is None
     quantiles = {1: 12.7062, 4: 2.7764, 9: 2.2622, 10: 2.2281, 30: 2.0423, 1000: 1.9623}  # of any table
     for freedom, quantile in quantiles.items():
-        assert claver.order._t95(freedom) == pytest.approx(quantile, abs=1e-3)
+        assert claver.evaluation.order._t95(freedom) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_runs_and_their_control_are_evaluated_and_written(runs, tmp_path, capsys):

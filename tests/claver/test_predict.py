@@ -7,14 +7,15 @@ import os
 import pytest
 import torch
 from claver import check_demo_checkpoint
-from claver.augment import AugmentConfig, crop_views
 from claver.config import Config, TestConfig
-from claver.evaluate import class_probabilities, encode_prompts
+from claver.data.augment import AugmentConfig, crop_views
+from claver.data.sampling import segment_indices, view_indices
+from claver.data.video import probe, read_frames
+from claver.evaluation.evaluate import class_probabilities
+from claver.evaluation.predict import find_videos, predict, predictions
 from claver.model import build_model
-from claver.predict import find_videos, predict, predictions
-from claver.prompts import tokenize
-from claver.sampling import segment_indices, view_indices
-from claver.video import probe, read_frames
+from claver.prompts.build import tokenize
+from claver.text import encode_prompts
 from small import small_model
 from video_files import write_video
 
@@ -111,7 +112,7 @@ def test_a_broken_file_is_named_and_the_rest_goes_on(run, videos, capsys):
 def test_the_drawn_video_has_every_frame_over_what_was_said_so_far(videos, tmp_path, capsys, monkeypatch, attention):
     run, drawn = build(attention=attention), []
     monkeypatch.setattr(
-        "claver.predict.annotate", lambda image, top, caption: drawn.append((top, caption)) or image.copy()
+        "claver.evaluation.predict.annotate", lambda image, top, caption: drawn.append((top, caption)) or image.copy()
     )
     path, out = str(videos / "clip2.mp4"), str(tmp_path / "out.mp4")  # 11 frames
     assert predict([path], **run, annotated=out) == 0
@@ -135,7 +136,9 @@ def test_the_drawn_video_has_every_frame_over_what_was_said_so_far(videos, tmp_p
 
 def test_a_video_with_fewer_frames_than_a_clip_is_drawn_as_it_is_evaluated(run, tmp_path, monkeypatch):
     path, drawn = str(write_video(tmp_path / "short.mp4", 3)), []
-    monkeypatch.setattr("claver.predict.annotate", lambda image, top, caption: drawn.append(top) or image.copy())
+    monkeypatch.setattr(
+        "claver.evaluation.predict.annotate", lambda image, top, caption: drawn.append(top) or image.copy()
+    )
     predict([path], **run, annotated=str(tmp_path / "out.mp4"))
     one_view = dataclasses.replace(run["config"], test=TestConfig(clips=1, crops=1))
     ((_, expected),) = predictions(run["model"], [path], text_features(run), one_view)

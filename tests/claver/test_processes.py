@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import load_model
-from claver.run_folder import load_pair, saved_steps, weights_of
-from claver.train import run_evaluation, tokens_of, train
+from claver.evaluation.evaluate import run_evaluation
+from claver.text import tokens_of
+from claver.training.run_folder import load_pair, saved_steps, weights_of
+from claver.training.train import train
+from claver.weights.checkpoint import load_model
 from small import small_config
 
 RANKS = 2
@@ -117,7 +119,7 @@ def test_a_process_that_fails_ends_the_others_with_its_error(server, tmp_path):
     start = time.perf_counter()
     assert server.run(config, tmp_path / "log.txt", ranks=RANKS) == [1, 1]
     assert time.perf_counter() - start < config.train.timeout
-    other, own = sorted(text.splitlines()[-1] for text in logs(tmp_path))
+    own, other = sorted((text.splitlines()[-1] for text in logs(tmp_path)), key=lambda line: "ProcessError" in line)
     told = r"VideoError: .*train_00005\.mp4"
     assert re.search(told, own)
     assert re.search(rf"ProcessError: another process failed, so this one stops\. process \d of 2: {told}", other)

@@ -9,8 +9,9 @@ import claver_k400
 import pytest
 import torch
 from chat_server import entry_for
-from claver.prompt_confusion import NAMES, clip_encoder, compare_texts, nearest
-from claver.prompt_files import (
+from claver.evaluation.prompt_confusion import NAMES, clip_encoder, compare_texts, nearest
+from claver.prompts.build import KINDS
+from claver.prompts.files import (
     FORMAT,
     known_dataset,
     load_prompts,
@@ -19,7 +20,7 @@ from claver.prompt_files import (
     shipped_file,
     write_prompt_file,
 )
-from claver.prompt_rules import (
+from claver.prompts.rules import (
     class_words,
     closer_rival,
     content_words,
@@ -30,7 +31,6 @@ from claver.prompt_rules import (
     shared_words,
     skeleton,
 )
-from claver.prompts import KINDS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -332,9 +332,9 @@ def test_confusion_draws_a_picture_with_any_clip(tmp_path, capsys, monkeypatch):
 
 
 def test_confusion_takes_a_checkpoint_of_this_program(tmp_path):
-    from claver.checkpoint import save_checkpoint
     from claver.config import Config
     from claver.model import build_model
+    from claver.weights.checkpoint import save_checkpoint
     from small import small_model
 
     config = Config(model=small_model(text={"context_length": 77, "width": 32, "heads": 2, "layers": 1}))

@@ -8,15 +8,13 @@ from pathlib import Path
 import claver_k400
 import pytest
 from chat_server import entry_for
-from claver.checkpoint import load_checkpoint, save_checkpoint
+from claver.class_names import clean_class_name
 from claver.config import Config, DataConfig
-from claver.data import DatasetError
+from claver.data.lists import DatasetError
+from claver.data.motions import MOTIONS, MotionDataset
 from claver.demo import demo_config
 from claver.model import build_model
-from claver.motions import MOTIONS, MotionDataset
-from claver.prompt_choice import choose_prompts, choose_prompts_of_checkpoint
-from claver.prompt_files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
-from claver.prompts import (
+from claver.prompts.build import (
     ACTION_TEMPLATES,
     KINDS,
     NEUTRAL_TEMPLATES,
@@ -24,10 +22,12 @@ from claver.prompts import (
     OFFICIAL_TEMPLATES,
     TEMPLATES,
     build_prompts,
-    clean_class_name,
 )
+from claver.prompts.choice import choose_prompts, choose_prompts_of_checkpoint
+from claver.prompts.files import read_prompt_file, shipped_classes, shipped_file, write_prompt_file
 from claver.settings import from_dict, load_config, to_dict
-from claver.train import train
+from claver.training.train import train
+from claver.weights.checkpoint import load_checkpoint, save_checkpoint
 from small import small_config
 
 K400 = list(shipped_classes("kinetics400"))

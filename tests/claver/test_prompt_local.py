@@ -6,9 +6,9 @@ import claver_k400
 import pytest
 import torch
 from chat_server import entry_for
-from claver.prompt_files import load_prompts, read_prompt_file
-from claver.prompt_models import ModelError, _chat_text, local_model
-from claver.prompt_request import Request
+from claver.prompts.files import load_prompts, read_prompt_file
+from claver.prompts.models import ModelError, _chat_text, local_model
+from claver.prompts.request import Request
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 

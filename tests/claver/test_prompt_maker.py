@@ -13,10 +13,10 @@ from pathlib import Path
 import claver_k400
 import pytest
 from chat_server import ChatServer, asked, entry_for, fails, first, good, made_up_sentence, says
-from claver.prompt_files import load_prompts, read_prompt_file, write_prompt_file
-from claver.prompt_maker import MakerSettings, make_prompts
-from claver.prompt_models import Endpoint, ModelError, _retry_after
-from claver.prompt_request import PROMPT_VERSION
+from claver.prompts.files import load_prompts, read_prompt_file, write_prompt_file
+from claver.prompts.maker import MakerSettings, make_prompts
+from claver.prompts.models import Endpoint, ModelError, _retry_after
+from claver.prompts.request import PROMPT_VERSION
 
 COMMAND = Path(claver_k400.__file__)
 CLASSES = [

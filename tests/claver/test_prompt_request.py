@@ -1,9 +1,9 @@
 """What a language model is shown keeps the rules that it is asked to keep, and what it says is read with care."""
 
 import pytest
-from claver.prompt_request import EXAMPLES, ReplyError, Request, read_reply, rivals_of, taken
-from claver.prompt_rules import near_duplicates, num_tokens, sentence_faults
-from claver.prompts import KINDS, load_tokenizer
+from claver.prompts.build import KINDS, load_tokenizer
+from claver.prompts.request import EXAMPLES, ReplyError, Request, read_reply, rivals_of, taken
+from claver.prompts.rules import near_duplicates, num_tokens, sentence_faults
 
 
 def test_the_examples_keep_the_rules_that_they_teach():

@@ -5,10 +5,10 @@ import json
 import claver_k400
 import pytest
 from chat_server import ChatServer, asked, entry_for, fails, first, says
-from claver.prompt_files import DATASETS, load_prompts, shipped_classes
-from claver.prompt_maker import MakerSettings, make_prompts
-from claver.prompt_models import Endpoint, ModelError
-from claver.prompt_request import Request, check_class_names
+from claver.prompts.files import DATASETS, load_prompts, shipped_classes
+from claver.prompts.maker import MakerSettings, make_prompts
+from claver.prompts.models import Endpoint, ModelError
+from claver.prompts.request import Request, check_class_names
 
 KEY = "sk-this-key-is-secret-0123456789"
 

@@ -8,14 +8,15 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from claver.data import read_labels
-from claver.motions import MOTIONS
-from claver.prompt_check import SHARE, check_files, pool_entries
-from claver.prompt_files import (
+from claver.class_names import class_key
+from claver.data.lists import read_labels
+from claver.data.motions import MOTIONS
+from claver.prompts.build import KINDS, tokenize
+from claver.prompts.check import SHARE, check_files, pool_entries
+from claver.prompts.files import (
     DATASETS,
     MOTION_PROMPTS,
     class_file,
-    class_key,
     known_dataset,
     load_groups,
     load_prompts,
@@ -23,8 +24,7 @@ from claver.prompt_files import (
     shipped_classes,
     shipped_file,
 )
-from claver.prompt_rules import closer_rival, content_words, near_duplicates, shared_words, skeleton
-from claver.prompts import KINDS, tokenize
+from claver.prompts.rules import closer_rival, content_words, near_duplicates, shared_words, skeleton
 from open_clip.tokenizer import SimpleTokenizer
 
 SIZES = {"kinetics400": 400, "ucf101": 101, "hmdb51": 51, "kinetics600_zero_shot": 217}

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.motions import MOTIONS
-from claver.prompt_files import MOTION_PROMPTS, load_prompts
-from claver.prompts import (
+from claver.class_names import clean_class_name
+from claver.data.motions import MOTIONS
+from claver.prompts.build import (
     KINDS,
     OBJECT_TEMPLATES,
     TEMPLATES,
     build_prompts,
-    clean_class_name,
     draw_prompts,
     load_tokenizer,
     tokenize,
 )
+from claver.prompts.files import MOTION_PROMPTS, load_prompts
 from open_clip.tokenizer import SimpleTokenizer
 
 START, END = 49406, 49407

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from claver.evaluate import Evaluation
-from claver.lists import Sample
-from claver.reports import numbers, over_splits, write_report
+from claver.data.lists import Sample
+from claver.evaluation.evaluate import Evaluation
+from claver.evaluation.reports import numbers, over_splits, write_report
 from safetensors.torch import load_file
 
 CLASSES = ["left", "right", "up", "never seen"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver import run_folder
-from claver.checkpoint import CheckpointError
 from claver.config import Config
-from claver.run_folder import clean, load_pair, save_pair, saved_steps, weights_of
+from claver.training import run_folder
+from claver.training.run_folder import clean, load_pair, save_pair, saved_steps, weights_of
+from claver.weights.checkpoint import CheckpointError
 from small import small_model
 
 WEIGHTS = {"a": torch.arange(1000.0)}

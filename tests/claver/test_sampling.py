@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from claver.sampling import segment_indices, view_indices
+from claver.data.sampling import segment_indices, view_indices
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from claver.config import Config, DataConfig
-from claver.lists import DatasetError
-from claver.scan import Look, look_at, scan, scan_lists, table
-from claver.shards import write_shards
-from claver.videos import read_videos
+from claver.data.lists import DatasetError
+from claver.data.scan import Look, look_at, scan, scan_lists, table
+from claver.data.shards import write_shards
+from claver.data.videos import read_videos
 from small import small_model
 from video_files import keyframe_bytes, write_video
 

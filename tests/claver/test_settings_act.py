@@ -6,14 +6,14 @@ import claver_k400
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from claver.checkpoint import save_checkpoint
 from claver.commands import COMMANDS
-from claver.data import read_labels
-from claver.evaluate import Evaluation
+from claver.data.lists import read_labels
+from claver.evaluation.evaluate import Evaluation
 from claver.model import build_model
-from claver.prompt_choice import choose_prompts
-from claver.prompt_files import MOTION_PROMPTS
+from claver.prompts.choice import choose_prompts
+from claver.prompts.files import MOTION_PROMPTS
 from claver.settings import settings_of
+from claver.weights.checkpoint import save_checkpoint
 from small import small_config
 
 # another value of each setting that eval takes; that of the small run is another
@@ -82,7 +82,7 @@ def evaluated(folder, setting, monkeypatch, capsys):
         scores = torch.eye(tokens.shape[1])[[sample.label for sample in data.samples]]
         return Evaluation(scores, scores, torch.tensor([sample.label for sample in data.samples]))
 
-    monkeypatch.setattr("claver.train.evaluate", record)
+    monkeypatch.setattr("claver.evaluation.evaluate.evaluate", record)
     line = ["eval", "--checkpoint", str(folder / "best.safetensors"), *([f"--{setting}"] if setting else [])]
     status = claver_k400.main(line)
     return status, capsys.readouterr().err, seen

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
-from claver import shard_stream
-from claver.augment import AugmentConfig
-from claver.data import TrainDataset, set_epoch, train_loader
-from claver.lists import DatasetError, Sample
-from claver.shard_stream import LANES, batches_of_lane, shard_ranges
-from claver.shards import expand_shards, read_shards, write_shards
+from claver.data import shard_stream
+from claver.data.augment import AugmentConfig
+from claver.data.datasets import TrainDataset, set_epoch, train_loader
+from claver.data.lists import DatasetError, Sample
+from claver.data.shard_stream import LANES, batches_of_lane, shard_ranges
+from claver.data.shards import expand_shards, read_shards, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 from video_files import write_video

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import stream
 import torch
-from claver import sources
-from claver.annotate import AnnotatedVideo, annotate
-from claver.augment import AugmentConfig, crop_views
-from claver.checkpoint import load_model, save_checkpoint
 from claver.config import Config, TestConfig
-from claver.evaluate import class_probabilities, encode_prompts
+from claver.data import sources
+from claver.data.augment import AugmentConfig, crop_views
+from claver.data.sources import Source, natural_order, open_source, read_image
+from claver.data.video import VideoError, iterate_frames, probe, read_frames
+from claver.evaluation.annotate import AnnotatedVideo, annotate
+from claver.evaluation.evaluate import class_probabilities
+from claver.evaluation.predict import predictions
+from claver.evaluation.streaming import StreamClassifier
 from claver.model import build_model
-from claver.predict import predictions
-from claver.sources import Source, natural_order, open_source, read_image
-from claver.streaming import StreamClassifier
-from claver.train import tokens_of
-from claver.video import VideoError, iterate_frames, probe, read_frames
+from claver.text import encode_prompts, tokens_of
+from claver.weights.checkpoint import load_model, save_checkpoint
 from PIL import Image
 from small import small_model
 from video_files import copy_from, decode_all, numbered_frame, read_numbers, write_video

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from claver.lists import DatasetError
-from claver.tars import ByteRange, read_members
-from claver.video import VideoError, probe, read_frames
+from claver.data.lists import DatasetError
+from claver.data.tars import ByteRange, read_members
+from claver.data.video import VideoError, probe, read_frames
 from video_files import write_video
 
 

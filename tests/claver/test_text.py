@@ -13,18 +13,10 @@ from accelerate.state import AcceleratorState
 from claver import text as text_module
 from claver.config import TrainConfig
 from claver.model import build_model, freeze
-from claver.prompts import tokenize
-from claver.step import contrastive_loss
-from claver.text import (
-    StepTexts,
-    TrainingTexts,
-    encode_prompts,
-    group_sizes,
-    share_texts,
-    step_flops,
-    text_lengths,
-)
-from claver.train import train
+from claver.prompts.build import tokenize
+from claver.text import StepTexts, TrainingTexts, encode_prompts, group_sizes, share_texts, step_flops, text_lengths
+from claver.training.step import contrastive_loss
+from claver.training.train import train
 from hypothesis import given
 from hypothesis import strategies as st
 from small import TEXT, VISION, small_config, small_model

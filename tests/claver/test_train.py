@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from claver.checkpoint import CheckpointError, load_checkpoint
-from claver.data import DatasetError, TrainDataset, read_labels
-from claver.optimizer import learning_rate
-from claver.run_folder import saved_steps, weights_of
-from claver.step import contrastive_loss
-from claver.train import Stopped, run_evaluation, train
+from claver.data.datasets import TrainDataset
+from claver.data.lists import DatasetError, read_labels
+from claver.evaluation.evaluate import run_evaluation
+from claver.training.optimizer import learning_rate
+from claver.training.run_folder import saved_steps, weights_of
+from claver.training.step import contrastive_loss
+from claver.training.train import Stopped, train
+from claver.weights.checkpoint import CheckpointError, load_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from claver import video
-from claver.video import VideoError, probe, read_clip, read_frames
+from claver.data import video
+from claver.data.video import VideoError, probe, read_clip, read_frames
 from video_files import copy_from, decode_all, keyframe_bytes, read_numbers, write_audio, write_video
 
 B_FRAMES = {"bf": "3", "sc_threshold": "0"}
@@ -44,7 +44,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one number for each frame that `claver.video` decodes."""
+    """Grows by one number for each frame that `claver.data.video` decodes."""
     seen: list[int] = []
     decode = video._decode_packet
 

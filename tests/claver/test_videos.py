@@ -10,19 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from claver.checkpoint import CheckpointError
 from claver.config import Config, DataConfig
-from claver.lists import DatasetError, list_hash
+from claver.data.few_shot import write_classes
+from claver.data.lists import DatasetError, list_hash
+from claver.data.motions import MOTIONS
+from claver.data.pack import pack
+from claver.data.shards import write_shards
+from claver.data.video import read_frames
+from claver.data.videos import kind_of, read_videos
+from claver.evaluation.evaluate import run_evaluation
 from claver.model import build_model
-from claver.motions import MOTIONS
-from claver.pack import pack
-from claver.prompts import build_prompts
-from claver.run_folder import load_pair
-from claver.shards import write_shards
-from claver.step import TrainStep
-from claver.train import Stopped, run_evaluation, tokens_of, train
-from claver.video import read_frames
-from claver.videos import kind_of, read_videos
+from claver.prompts.build import build_prompts
+from claver.text import tokens_of
+from claver.training.run_folder import load_pair
+from claver.training.step import TrainStep
+from claver.training.train import Stopped, train
+from claver.weights.checkpoint import CheckpointError
 from small import small_config, small_model
 from video_files import write_video
 
@@ -166,11 +169,12 @@ def test_the_command_packs_either_list_and_keeps_the_hash_where_it_keeps_the_ord
 ) -> None:
     path = str(sources[kind])
     root = str(sources["folder"] if kind == "list" else tmp_path)
-    data = DataConfig(root=root, train_list=path, test_list=path)
+    write_classes(tmp_path / "labels.csv", CLASSES)
+    data = DataConfig(root=root, train_list=path, test_list=path, labels=str(tmp_path / "labels.csv"))
     source = read_videos(path, data.root, CLASSES)
-    assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3, classes=CLASSES) == 0
+    assert pack(Config(data=data), folder=str(tmp_path / "test"), which="test", per_shard=3) == 0
     assert f"10 videos in 4 shards, hash {source.hash} (of {path}: {source.hash})" in capsys.readouterr().out
-    pack(Config(data=data), folder=str(tmp_path / "train"), classes=CLASSES)
+    pack(Config(data=data), folder=str(tmp_path / "train"))
     mixed = read_videos(tmp_path / "train", None, CLASSES)
     assert "mixed by the seed 3047" in capsys.readouterr().out
     assert mixed.hash != source.hash
@@ -198,7 +202,8 @@ def test_a_run_on_shards_goes_on_exactly_and_with_no_other_number_of_processes(
             train(config)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "claver.prepare.load_pair", lambda *args: (lambda a, b: (a, b | {"processes": 2}))(*load_pair(*args))
+            "claver.training.prepare.load_pair",
+            lambda *args: (lambda a, b: (a, b | {"processes": 2}))(*load_pair(*args)),
         )
         with pytest.raises(CheckpointError, match="the run had 2 processes, and this is 1: which videos of shards"):
             train(config, resume=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from claver.evaluation.wise_ft import interpolated, sweep
 from claver.model import build_model
-from claver.wise_ft import interpolated, sweep
 from small import small_model
 
 

@@ -86,13 +86,14 @@ def _train(
         config: of the run.
         log: a file for all that is printed.
         environment: variables that say which process of which this is.
-        resume: as `claver.train.train` has it.
+        resume: as `claver.training.train.train` has it.
         die_in_write: kill this process at that one of its changes of the disk.
         evaluate: a file for what the model then says of the test videos.
         nan_at: a backward pass, from 1, whose loss is not a number.
     """
+    from claver.evaluation.evaluate import run_evaluation
     from claver.settings import from_dict
-    from claver.train import Stopped, run_evaluation, train
+    from claver.training.train import Stopped, train
 
     os.setpgrp()
     os.environ.update(environment or {})
@@ -116,15 +117,15 @@ def _train(
 
 
 def _spoil_loss(number: int) -> None:
-    import claver.step
+    import claver.training.step
 
-    original, calls = claver.step.contrastive_loss, []
+    original, calls = claver.training.step.contrastive_loss, []
 
     def spoiled(*args: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == number else 1)
 
-    claver.step.contrastive_loss = spoiled
+    claver.training.step.contrastive_loss = spoiled
 
 
 def _die_at_change(number: int) -> None:
@@ -146,8 +147,8 @@ def _die_at_change(number: int) -> None:
 
 
 def _serve() -> None:
-    import claver.train  # noqa: F401
-    from claver.prompts import load_tokenizer
+    import claver.training.train  # noqa: F401
+    from claver.prompts.build import load_tokenizer
     from claver.text import TrainingTexts
 
     load_tokenizer()
