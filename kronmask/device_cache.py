@@ -34,7 +34,8 @@ class KeptOnDevice(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         made: R = self._kept(*args, **kwargs)  # type: ignore[arg-type]
-        if _is_capturing():
+        device = args[-1]
+        if isinstance(device, torch.device) and device.type == "cuda" and _is_capturing():
             _captured[id(made)] = made
         return made
 
@@ -65,4 +66,6 @@ def _needs_a_thread(device: torch.device) -> bool:
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )  # there may be no GPU, but fake tensors of one

@@ -43,12 +43,14 @@ def test_results_are_kept_until_others_take_their_place():
 
 def test_what_a_captured_graph_reads_is_never_dropped(monkeypatch):
     make, _ = counted(1)
+    gpu = torch.device("cuda")
     monkeypatch.setattr(device_cache, "_captured", {})
-    dropped = weakref.ref(make("before", CPU))
+    monkeypatch.setattr(device_cache, "_needs_a_thread", lambda device: False)
+    dropped = weakref.ref(make("before", gpu))
     monkeypatch.setattr(device_cache, "_is_capturing", lambda: True)
-    captured = weakref.ref(make("captured", CPU))
+    captured = weakref.ref(make("captured", gpu))
     monkeypatch.setattr(device_cache, "_is_capturing", lambda: False)
-    make("after", CPU)
+    make("after", gpu)
     assert dropped() is None
     assert captured() is not None
 
