@@ -137,9 +137,9 @@ def mask_rows(kernels: list[CompiledKernel]) -> Iterator[dict[str, Any]]:
     """What KMT and KMCT visit and cost in the kernels of one architecture, head dimension and pass, relative to joint attention.
 
     `kernels` are pairs: compiled for joint attention, and for such masks. The tiling chooses among those that load as the first
-    does, as on the GPU. Costs are those of the loops over blocks, with all pipes overlapped in each; of all that a tile does; and of
-    the latter with the overlap that the blocks on an SM allow. `share` is the share of the GPU's peak for the mask's own pairs by
-    the last.
+    does, as on the GPU. Costs are those of the loops over blocks, with all pipes overlapped in each; of all that a tile does; and
+    of the latter with the overlap that the blocks on an SM allow. `share` is the share of the GPU's peak for the mask's own pairs
+    by the last.
     """
     kernels = [kernel for kernel in kernels if kernel.loads == kernels[0].loads]
     pairs = {Blocks(k.rows, k.columns): (joint, k) for joint, k in zip(kernels[::2], kernels[1::2], strict=True)}
