@@ -137,7 +137,7 @@ def _kernels() -> str:
         pipes = kernel["loops"]["whole"]
         lines.append([
             f"{kernel['arch']} {kernel['step']} D={kernel['head_dim']}",
-            kernel["option"].replace("w", ", ").replace("s", ", "),
+            _option(kernel["option"]),
             *(str(kernel[key]) for key in ("registers", "blocks")),
             *(f"{kernel['share'][key]:.2f}" for key in ("overlapped", "in_turn", "estimated")),
             max(pipes, key=pipes.__getitem__),
@@ -163,6 +163,12 @@ def _kernels() -> str:
     return kernels + "\n" + cost + told
 
 
+def _option(name: str) -> str:
+    """`128x64w4s2 descriptors` as `128x64, 4, 2, descriptors`."""
+    shape, *loads = name.split()
+    return ", ".join([shape.replace("w", ", ").replace("s", ", "), *loads])
+
+
 def _kernel_peers() -> str:
     """The loops of other kernels by the same model."""
     stored = _stored("kernel_peers")
@@ -182,7 +188,7 @@ def _kernel_peers() -> str:
         ):
             lines.append([
                 f"{row['arch']} D={row['head_dim']} {row['kernel']} {name}".strip(),
-                row["option"].replace("w", ", ").replace("s", ", "),
+                _option(row["option"]),
                 *(str(row[key]) for key in ("registers", "spilled_bytes", "blocks")),
                 f"{loop['share'][0]:.2f}",
                 f"{loop['share'][2]:.2f}",

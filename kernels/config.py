@@ -1,11 +1,12 @@
 """Which layout, block sizes, warps and pipeline stages each kernel runs with.
 
 A table gives, for an architecture, head dimension and precision, one or two block sizes, the best of a search by modelled cost
-(`python -m kronmask.kernels.search`). For head dimensions 64, 80, 96 and 128 in bfloat16 they compile without spilled registers
-and fit in shared memory, which `python -m kronmask.kernels.report` shows and a test holds; other head dimensions are filled up to
-a power of two, and some of their kernels spill. The cost model of `tiles` then picks among the options and the layouts for the
-mask at hand. The table rests on compiled code, not on timings: on a GPU its options are timed once for each mask and shape, and
-the fastest is kept on disk (see `kronmask.tuning`).
+(`python -m kronmask.kernels.search`), and other ways to load keys and values. For head dimensions 64, 80, 96 and 128 in bfloat16
+they fit in shared memory and compile without spilled registers, but for warp-specialised ones, which save a few indices before
+the loop over whole blocks; `python -m kronmask.kernels.report` shows it and a test holds it. Other head dimensions are filled up
+to a power of two, and some of their kernels spill. The cost model of `tiles` then picks among the options that load as the first
+does and the layouts for the mask at hand. The table rests on compiled code, not on timings: on a GPU all options are timed once
+for each mask and shape, and the fastest is kept on disk (see `kronmask.tuning`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from kronmask import tuning
 from kronmask.kernels.tiles import Blocks, choose_tiling
 from kronmask.mask import KronMask
 
-__all__ = ["PASSES", "Config", "Option", "architecture", "choose", "options"]
+__all__ = ["LOADS", "PASSES", "Config", "Option", "architecture", "choose", "defaults", "options"]
 
 PASSES = ("forward", "backward_query", "backward_key")
+# How the forward's loop over whole blocks loads keys and values: by pointers; through descriptors (sm_90 and newer); or through
+# descriptors and in warps of their own, as others start the matrix products (sm_100 alone).
+LOADS = ("pointers", "descriptors", "specialised")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Option:
     columns: int
     num_warps: int
     num_stages: int
+    loads: str = "pointers"  # one of LOADS
+
+    def __str__(self) -> str:
+        suffix = "" if self.loads == "pointers" else f" {self.loads}"
+        return f"{self.rows}x{self.columns}w{self.num_warps}s{self.num_stages}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,10 @@ class Config:
     blocks: Blocks
     num_warps: int = 4
     num_stages: int = 2
+    loads: str = "pointers"  # one of LOADS
 
 
-Row = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages of each option
+Row = tuple[tuple[int, int, int, int] | tuple[int, int, int, int, str], ...]  # the fields of each option
 
 # For each architecture: pass, then for head dimensions up to 64, 128 and 256 the options in half precision.
 TABLE: dict[str, dict[str, tuple[Row, Row, Row]]] = {
@@ -58,12 +68,20 @@ TABLE: dict[str, dict[str, tuple[Row, Row, Row]]] = {
         "backward_key": (((64, 32, 4, 2),), ((64, 64, 8, 2),), ((32, 32, 8, 1),)),
     },
     "sm_90": {
-        "forward": (((128, 64, 4, 2), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 4, 2)), ((64, 32, 8, 2),)),
+        "forward": (
+            ((128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2, "descriptors")),
+            ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2, "descriptors")),
+            ((64, 32, 8, 2),),
+        ),
         "backward_query": (((64, 64, 4, 2),), ((128, 64, 8, 2),), ((64, 32, 8, 1),)),
         "backward_key": (((64, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
     },
     "sm_100": {
-        "forward": (((128, 128, 8, 2), (64, 64, 4, 2)), ((128, 64, 8, 2),), ((64, 32, 8, 2),)),
+        "forward": (
+            ((128, 128, 8, 2), (64, 64, 4, 2), (128, 128, 4, 2, "specialised")),
+            ((128, 128, 8, 2, "descriptors"), (128, 64, 8, 2), (128, 64, 8, 2, "specialised")),
+            ((64, 32, 8, 2),),
+        ),
         "backward_query": (((128, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
         "backward_key": (((128, 32, 4, 2),), ((64, 64, 8, 2),), ((64, 32, 8, 1),)),
     },
@@ -101,22 +119,30 @@ def options(step: str, arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Op
     return tuple(Option(*entry) for entry in row)
 
 
-def choose(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object]) -> Config:
+def defaults(step: str, arch: str, head_dim: int, dtype: torch.dtype, descriptors: bool = True) -> tuple[Option, ...]:
+    """The options among which the cost model picks: those that the inputs can take and that load as the first of them."""
+    offered = _offered(step, arch, head_dim, dtype, descriptors)
+    return tuple(option for option in offered if option.loads == offered[0].loads)
+
+
+def choose(
+    step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object], descriptors: bool = False
+) -> Config:
     """The configuration of a pass (one of PASSES) for the query's device.
 
     `mask` is the transpose for "backward_key". `run` launches the kernel with a configuration; it is called only where options
-    are timed, on a GPU (see `kronmask.tuning`).
+    are timed, on a GPU (see `kronmask.tuning`). `descriptors` says whether keys and values can be loaded through such.
     """
     arch = architecture(query.device)
-    case = (step, mask, query.shape, query.dtype, query.device)
+    case = (step, mask, query.shape, query.dtype, query.device, descriptors)
     config = _chosen.get(case)
     if config is None:
-        config = _fastest(step, mask, query, run, arch)
+        config = _fastest(step, mask, query, run, arch, descriptors)
         if config is None and tuning.is_gpu(query.device) and tuning.is_busy(query):
-            return _estimated(step, mask, query.shape[3], query.dtype, arch)  # the next call may measure
+            return _estimated(step, mask, query.shape[3], query.dtype, arch, descriptors)  # the next call may measure
         if len(_chosen) >= REMEMBERED:
             _chosen.clear()
-        _chosen[case] = config = config or _estimated(step, mask, query.shape[3], query.dtype, arch)
+        _chosen[case] = config = config or _estimated(step, mask, query.shape[3], query.dtype, arch, descriptors)
     return config
 
 
@@ -124,18 +150,25 @@ REMEMBERED = 1024  # cases in memory; a mask of many frames is large
 _chosen: dict[Hashable, Config] = {}
 
 
-def _fastest(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object], arch: str) -> Config | None:
+def _offered(step: str, arch: str, head_dim: int, dtype: torch.dtype, descriptors: bool) -> list[Option]:
+    """The options that the inputs can take; there is always one with pointers."""
+    every = options(step, arch, head_dim, dtype)
+    return [option for option in every if descriptors or option.loads == "pointers"]
+
+
+def _fastest(
+    step: str, mask: KronMask, query: Tensor, run: Callable[[Config], object], arch: str, descriptors: bool
+) -> Config | None:
     """By time, of the options each in its best layout; None where nothing was timed or may be."""
-    entries = options(step, arch, query.shape[3], query.dtype)
+    entries = _offered(step, arch, query.shape[3], query.dtype, descriptors)
     if len(entries) == 1 or not tuning.is_gpu(query.device):
         return None
     candidates: dict[str, Config] = {}
     for option in entries:
         kind, blocks = choose_tiling(mask, (Blocks(option.rows, option.columns),))
-        config = Config(kind, blocks, option.num_warps, option.num_stages)
-        candidates[f"{kind} {blocks.rows}x{blocks.columns}, {config.num_warps} warps, {config.num_stages} stages"] = (
-            config
-        )
+        words = f"{kind} {blocks.rows}x{blocks.columns}, {option.num_warps} warps, {option.num_stages} stages"
+        words += "" if option.loads == "pointers" else f", {option.loads}"
+        candidates[words] = Config(kind, blocks, option.num_warps, option.num_stages, option.loads)
     rule = hashlib.sha256(mask.rule.encode()).hexdigest()[:16]
     sizes = f"{mask.query_frames}x{mask.key_frames} {mask.query_tokens}x{mask.key_tokens} {mask.prefix}"
     key = f"kernel {step} {tuple(query.shape)} {query.dtype} | mask {rule} {sizes} | {tuning.environment(query.device)}"
@@ -147,7 +180,8 @@ def _fastest(step: str, mask: KronMask, query: Tensor, run: Callable[[Config], o
 
 
 @lru_cache(maxsize=1024)
-def _estimated(step: str, mask: KronMask, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
-    candidates = {Blocks(o.rows, o.columns): o for o in options(step, arch, head_dim, dtype)}
+def _estimated(step: str, mask: KronMask, head_dim: int, dtype: torch.dtype, arch: str, descriptors: bool) -> Config:
+    candidates = {Blocks(o.rows, o.columns): o for o in defaults(step, arch, head_dim, dtype, descriptors)}
     kind, blocks = choose_tiling(mask, tuple(candidates))
-    return Config(kind, blocks, candidates[blocks].num_warps, candidates[blocks].num_stages)
+    option = candidates[blocks]
+    return Config(kind, blocks, option.num_warps, option.num_stages, option.loads)

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kronmask.kernels.compiled import PRODUCTS, CompiledKernel
-from kronmask.kernels.machine import GPUS, Work
+from kronmask.kernels.machine import GPUS
 from kronmask.kernels.tiles import Blocks, choose_tiling, make_tiling, transposed
 from kronmask.mask import KronMask
 
@@ -42,13 +42,13 @@ def mask_cost(kernel: CompiledKernel, mask: KronMask) -> MaskCost:
     visited: Counter[str] = Counter()
     for tile in tiling.tiles:
         visited.update(tile.visits_by_loop(blocks.columns))
-    turns: list[tuple[int, Work]] = [(visits, kernel.loops[loop]) for loop, visits in visited.items() if visits]
+    visited = +visited  # a kernel may have no loop that is never entered
     once = [work for work in (kernel.diagonal, kernel.tile) if work is not None]
     pairs = mask.num_pairs * 2 * PRODUCTS[kernel.step] * kernel.head_dim / GPUS[kernel.arch].flop
     return MaskCost(
         ideal=pairs,
-        loops=sum(visits * work.overlapped for visits, work in turns),
+        loops=sum(visits * kernel.loops[loop].overlapped for loop, visits in visited.items()),
         tiles=len(tiling.tiles) * sum(work.overlapped for work in once),
-        estimated=sum(visits * work.estimated(kernel.blocks) for visits, work in turns)
+        estimated=sum(visits * kernel.loops[loop].estimated(kernel.streams(loop)) for loop, visits in visited.items())
         + len(tiling.tiles) * sum(work.estimated(kernel.blocks) for work in once),
     )

@@ -3,8 +3,10 @@
 A program takes one tile of query rows of one head. It starts from the tile's diagonals (KMT's and KMCT's own token: `m = q.k`,
 `l = 1`, `acc = v`), then walks the runs of whole blocks, where nothing is masked, then the gathered edges, which all rows see,
 then the whole blocks that some rows see and others do not, and last the gathered blocks of which each row sees what the bits of
-its class say. After FlashAttention-2 (Dao 2023, arXiv
-2307.08691).
+its class say. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+
+Whole blocks are consecutive rows: on sm_90 and newer the tensor memory accelerator can copy them through descriptors of key and
+value, and on sm_100 warps of their own can start the copies and the matrix products of that loop (warp specialisation).
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from kronmask.kernels.primitives import (
     LOG2E,
     addressable,
     batch_and_head,
+    describable,
+    described,
     diagonal_rows,
     dot,
     gather_block,
     load_block,
+    load_described,
     load_rows,
     load_run,
     narrow,
@@ -65,23 +70,42 @@ def softmax_step(q, k, v, maximum, total, acc, scale, seen, MASK: tl.constexpr, 
     return highest, total, acc
 
 
+@triton.jit
+def load_whole(
+    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, head, first,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values `(BLOCK_N, BLOCK_D)` of the rows from `first` on."""
+    if LOADS == "pointers":
+        k = load_block(key_base, first, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_block(value_base, first, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+    else:
+        k = load_described(key_blocks, batch, head, first, BLOCK_N, BLOCK_D)
+        v = load_described(value_blocks, batch, head, first, BLOCK_N, BLOCK_D)
+    return k, v
+
+
 @triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "query_length", "num_diagonals"])  # fmt: skip
 def forward_kernel(
-    query, key, value, output, lse,
+    query, key, value, key_blocks, value_blocks, output, lse,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     output_batch, output_head, output_row,
     num_tiles, heads, group_heads, group, query_length, num_diagonals,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, LOADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest."""
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest.
+
+    `key_blocks` and `value_blocks` are descriptors of key and value for blocks of BLOCK_N rows, None if LOADS is "pointers".
+    """
     tile = tl.program_id(0) % num_tiles
     extent = tiles_table + tile * 10
     batch, head = batch_and_head(extent, num_tiles, group_heads)
-    key_base = key + batch * key_batch + head // group * key_head
-    value_base = value + batch * value_batch + head // group * value_head
+    shared = head // group
+    key_base = key + batch * key_batch + shared * key_head
+    value_base = value + batch * value_batch + shared * value_head
 
     rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     q = load_rows(query + batch * query_batch + head * query_head, rows, query_row, exists, HEAD_DIM, BLOCK_D, True)
@@ -112,11 +136,22 @@ def forward_kernel(
 
     for run in range(tl.load(extent), tl.load(extent + 1)):
         start, length, hole_at, hole = load_run(runs_table, run)
-        for column in range(0, length, BLOCK_N):
-            first = start + column + tl.where(column >= hole_at, hole, 0)
-            k = load_block(key_base, first, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v = load_block(value_base, first, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, "none", PRECISION)
+        if LOADS == "specialised":
+            for column in tl.range(0, length, BLOCK_N, warp_specialize=True):
+                first = start + column + tl.where(column >= hole_at, hole, 0)
+                k, v = load_whole(
+                    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, first,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                )  # fmt: skip
+                maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, "none", PRECISION)
+        else:  # Triton 3.3 has no such argument
+            for column in range(0, length, BLOCK_N):
+                first = start + column + tl.where(column >= hole_at, hole, 0)
+                k, v = load_whole(
+                    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, first,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                )  # fmt: skip
+                maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, None, "none", PRECISION)
 
     block = tl.load(extent + 2)
     number = tl.load(extent + 3)
@@ -135,8 +170,10 @@ def forward_kernel(
             start, length, word, _ = load_run(runs_table, run)
             seen = tl.load(bits_table + word + classes) != 0
             for column in tl.range(0, length, BLOCK_N, num_stages=1):
-                k = load_block(key_base, start + column, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-                v = load_block(value_base, start + column, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                k, v = load_whole(
+                    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, start + column,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                )  # fmt: skip
                 maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, seen, "rows", PRECISION)
 
         word = tl.load(extent + 7)
@@ -169,7 +206,8 @@ def attention_forward(
         key, value: `(B, Hkv, Lk, D)`.
         masks: one, or one for each group of heads in order; of one number of frames, tokens and prefix.
         scale: factor on the scores.
-        config: the configuration to run instead of the one chosen for the device.
+        config: the configuration to run instead of the one chosen for the device. Key and value that the tensor memory
+            accelerator cannot copy are loaded by pointers, whatever it says.
 
     Returns:
         The output `(B, Hq, Lq, D)`, physically `(B, Lq, Hq, D)`, and the LSE `(B, Hq, Lq)`, natural log, float32.
@@ -180,6 +218,7 @@ def attention_forward(
     if not output.numel():
         return output, lse
     query, key, value = (addressable(x) for x in (query, key, value))
+    descriptors = describable(key) and describable(value)
     if scale < 0:  # the running maximum is that of the scores before they are scaled
         query, scale = -query, -scale
     elif not scale:  # and -inf times 0 is no number
@@ -188,15 +227,17 @@ def attention_forward(
 
     def launch(config: Config) -> None:
         tables = make_tables(masks, config.blocks, config.kind, query.device)
+        loads = config.loads if descriptors else "pointers"
+        blocks = [None if loads == "pointers" else described(x, config.blocks.columns) for x in (key, value)]
         forward_kernel[(tables.num_tiles * batch * group_heads,)](
-            query, key, value, output, lse, *mask_tables(tables), scale * LOG2E,
+            query, key, value, *blocks, output, lse, *mask_tables(tables), scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             tables.num_tiles, heads, group_heads, heads // key.shape[1], length, tables.num_diagonals,
-            **constants(query, config, tables),
+            LOADS=loads, **constants(query, config, tables),
         )  # fmt: skip
 
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        launch(config or choose("forward", widest(masks), query[:, :group_heads], launch))
+        launch(config or choose("forward", widest(masks), query[:, :group_heads], launch, descriptors))
     return output, lse
 
 

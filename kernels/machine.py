@@ -32,6 +32,7 @@ __all__ = [
     "is_instruction",
     "matrix_loops",
     "other_loops",
+    "partitions",
     "work",
 ]
 
@@ -70,7 +71,7 @@ class Work:
 
     Attributes:
         ideal: cycles of the tensor pipe if its instructions ran at the full rate.
-        instructions: issued by each warp.
+        instructions: issued by each warp; of several partitions the sum.
         counts: of these, by the pipe that executes them.
         shapes: how often each matrix instruction stands in the code, such as "64x64x16 shared" (where its first operand lies).
     """
@@ -80,6 +81,13 @@ class Work:
     instructions: int
     counts: dict[str, int]
     shapes: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Work) -> Work:
+        """Of both, as partitions of a kernel that work on one turn: each pipe serves all warps of an SM."""
+        cycles = {pipe: own + other.cycles[pipe] for pipe, own in self.cycles.items()}
+        counts, shapes = Counter(self.counts) + Counter(other.counts), Counter(self.shapes) + Counter(other.shapes)
+        ideal, instructions = self.ideal + other.ideal, self.instructions + other.instructions
+        return Work(cycles, ideal, instructions, dict(counts), dict(shapes))
 
     @property
     def overlapped(self) -> float:
@@ -168,6 +176,21 @@ def other_loops(lines: list[str]) -> tuple[list[list[str]], list[str]]:
     return [lines[slice(*s)] for s in plain], outside
 
 
+def partitions(lines: list[str], number: int) -> list[list[str]]:
+    """The code of a warp-specialised kernel: that of its first warps, which run all of it, and of each of `number` partitions.
+
+    The other warps wait at an indirect branch, whose targets are the partitions in order and then what ends the waiting.
+    """
+    targets = [re.findall(r"\.L_\w+", line) for line in lines if line.startswith("BRX")]
+    if len(targets) != 1 or len(targets[0]) < number:
+        raise ValueError(f"{len(targets)} indirect branches, not one with {number} partitions among its targets")
+    starts = [lines.index(target + ":") for target in targets[0]]
+    spans = [(start, min([other for other in starts if other > start], default=len(lines))) for start in starts]
+    own = [slice(*span) for span in spans[:number]]
+    first = [line for i, line in enumerate(lines) if not any(s.start <= i < s.stop for s in own)]
+    return [first, *(lines[s] for s in own)]
+
+
 def _multiplies(lines: list[str]) -> bool:
     return any(is_instruction(line, "|".join(MATRIX.values())) for line in lines)
 
@@ -220,10 +243,11 @@ class Product:
         return full, max(full * (128 / self.rows if half_empty else 1), self.shared_bytes / gpu.shared)
 
 
-def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0) -> Work:
+def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0, boxes: int = 1) -> Work:
     """What code (SASS) asks of the pipes when each warp of a block runs it once.
 
-    `box_bytes` is what one tensor-memory-accelerator copy moves, which its instruction does not say.
+    `box_bytes` is what one tensor-memory-accelerator copy moves, which its instruction does not say. Of a block of several
+    `boxes` each warp copies another one by the same instruction.
     """
     cycles = dict.fromkeys(PIPES, 0.0)
     counts: Counter[str] = Counter()
@@ -255,7 +279,7 @@ def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0) -> Work:
             continue
         counts[pipe] += 1
         if pipe in ("shared", "l2"):
-            moved = box_bytes if name.startswith("UTMALDG") else warps * 32 * _bytes(name)
+            moved = box_bytes * min(boxes, warps) if name.startswith("UTMALDG") else warps * 32 * _bytes(name)
             is_copy = name.startswith(("UTMALDG", "LDGSTS"))
             if pipe == "shared" or is_copy:
                 cycles["shared"] += moved / gpu.shared

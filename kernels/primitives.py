@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "SUPPORTED", "addressable", "block_dim", "empty", "is_interpreted", "precision"]
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton 3.3
+    TensorDescriptor = None
+
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "SUPPORTED",
+    "addressable",
+    "block_dim",
+    "describable",
+    "described",
+    "empty",
+    "is_interpreted",
+    "precision",
+]
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -19,7 +37,7 @@ SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 def block_dim(head_dim: int) -> int:
     """The power of two, at least 16, to which a head dimension is filled up with zeros in registers."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def precision(dtype: torch.dtype, kernel: object) -> str:
@@ -36,6 +54,26 @@ def addressable(tensor: Tensor) -> Tensor:
     """The tensor `(B, H, L, D)`, copied if its last dimension is not contiguous or 32-bit offsets do not span a head."""
     contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     return tensor if contiguous and tensor.shape[2] * tensor.stride(2) < 2**31 else tensor.contiguous()
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy from a tensor `(B, H, L, D)`.
+
+    It wants sm_90 or newer, contiguous rows, an address and strides of multiples of 16 bytes, and a Triton that knows it (3.4).
+    Strides of 0, which NVIDIA does not describe, are left to pointers. The CPU stands for the interpreter, which copies likewise.
+    """
+    if TensorDescriptor is None or torch.version.hip or not tensor.numel():
+        return False
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return False
+    *strides, last = tensor.stride()
+    size = tensor.element_size()
+    return last == 1 and tensor.data_ptr() % 16 == 0 and all(stride and stride * size % 16 == 0 for stride in strides)
+
+
+def described(tensor: Tensor, rows: int) -> Any:
+    """A describable tensor `(B, H, L, D)` for `load_described`, which takes so many of its rows at once."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, block_dim(tensor.shape[3])])
 
 
 def is_interpreted(kernel: object) -> bool:
@@ -117,6 +155,12 @@ def load_block(base, first, row_stride, BLOCK_N: tl.constexpr, HEAD_DIM: tl.cons
     return load_rows(
         base + first.to(tl.int64) * row_stride, tl.arange(0, BLOCK_N), row_stride, None, HEAD_DIM, BLOCK_D, False
     )
+
+
+@triton.jit
+def load_described(blocks, batch, head, first, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_block` through a descriptor: one copy by the tensor memory accelerator, which fills up the columns with zeros."""
+    return blocks.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)
 
 
 @triton.jit

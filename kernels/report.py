@@ -1,12 +1,14 @@
 """What the kernels would use on GPUs that are not there: compiles each, reads the machine code and models its cost.
 
     python -m kronmask.kernels.report [--arch sm_80 sm_90 sm_100 gfx942] [--head-dim 64 128] [--json FILE]
-    python -m kronmask.kernels.report --loops --arch sm_90 --head-dim 64 --step forward [--option 128x64w4s2]
+    python -m kronmask.kernels.report --loops --arch sm_90 --head-dim 64 --step forward [--option "128x64w4s2 descriptors"]
 
 For each architecture, pass and default configuration, and for the variants that joint attention and KMT need (KMCT runs KMT's):
 registers, spilled bytes, shared memory against the limit, the kind of matrix instruction, how many blocks an SM holds, and what
 share of the GPU's peak a whole block of keys reaches by the model of `machine`: with all pipes overlapped, with matrix products
-and all else in turn, and an estimate between the two. Then, for clips of several sizes, what the chosen tilings visit and cost.
+and all else in turn, and an estimate between the two, for the blocks of scores that an SM works on at once: as many as it holds
+blocks of threads, times those of a warp-specialised loop. Then, for clips of several sizes, what the chosen tilings visit and
+cost.
 `--loops` tells of every loop the cycles of each pipe.
 """
 
@@ -28,7 +30,7 @@ import triton
 
 from kronmask import masks
 from kronmask.kernels.compiled import ARCHITECTURES, TYPES, CompiledKernel, compile_kernel
-from kronmask.kernels.config import PASSES, Option, options
+from kronmask.kernels.config import LOADS, PASSES, Option, options
 from kronmask.kernels.cost import mask_cost
 from kronmask.kernels.machine import GPUS, PIPES
 from kronmask.kernels.tiles import Blocks, choose_tiling, dense_visits, make_tiling, transposed
@@ -61,7 +63,7 @@ def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
         "head_dim": kernel.head_dim,
         "dtype": kernel.dtype,
         "mask": kernel.mask,
-        "option": f"{kernel.rows}x{kernel.columns}w{kernel.num_warps}s{kernel.num_stages}",
+        "option": str(kernel.option),
         "registers": kernel.registers,
         "spilled_bytes": kernel.spilled_bytes,
         "shared_bytes": kernel.shared_bytes,
@@ -79,7 +81,7 @@ def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
         for name, cycles in (
             ("overlapped", whole.overlapped),
             ("in_turn", whole.in_turn),
-            ("estimated", whole.estimated(kernel.blocks)),
+            ("estimated", whole.estimated(kernel.streams("whole"))),
         )
     }
     row |= {
@@ -93,15 +95,18 @@ def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
         "diagonal": round(kernel.diagonal.overlapped) if kernel.diagonal else 0,
         "tile": round(kernel.tile.overlapped),
     }
+    if kernel.partitions:
+        row |= {"partitions": [list(partition) for partition in kernel.partitions], "buffers": kernel.buffers}
     return row
 
 
 def loop_table(kernel: CompiledKernel) -> str:
     """The work of each loop of a kernel as text: cycles of an SM for one turn by pipe, and the share of the peak."""
     lines = [
-        f"{kernel.arch} {kernel.step} D={kernel.head_dim} {kernel.mask} {kernel.rows}x{kernel.columns} w{kernel.num_warps} "
-        f"s{kernel.num_stages}: {kernel.registers} registers, {kernel.spilled_bytes} bytes spilled, {kernel.shared_bytes} bytes "
-        f"of shared memory, {kernel.blocks} blocks an SM",
+        f"{kernel.arch} {kernel.step} D={kernel.head_dim} {kernel.mask} {kernel.option}: "
+        f"{kernel.registers} registers, {kernel.spilled_bytes} bytes spilled, {kernel.shared_bytes} bytes of shared memory, "
+        f"{kernel.blocks} blocks an SM"
+        + "".join(f", {warps} warps of {registers} registers" for warps, registers in kernel.partitions),
         f"  {'loop':10}{'issued':>7}"
         + "".join(f"{pipe:>9}" for pipe in PIPES)
         + f"{'overlap':>9}{'in turn':>9}{'estimate':>9}"
@@ -111,7 +116,7 @@ def loop_table(kernel: CompiledKernel) -> str:
     for name, w in {**kernel.loops, "diagonal": kernel.diagonal, "tile": kernel.tile}.items():
         if w is None:
             continue
-        times = (w.overlapped, w.in_turn, w.estimated(kernel.blocks))
+        times = (w.overlapped, w.in_turn, w.estimated(kernel.streams(name)))
         line = f"  {name:10}{w.instructions:7}" + "".join(f"{w.cycles[pipe]:9.0f}" for pipe in PIPES)
         line += "".join(f"{cycles:9.0f}" for cycles in times)
         if name in kernel.loops:
@@ -131,10 +136,12 @@ def loop_table(kernel: CompiledKernel) -> str:
 def mask_rows(kernels: list[CompiledKernel]) -> Iterator[dict[str, Any]]:
     """What KMT and KMCT visit and cost in the kernels of one architecture, head dimension and pass, relative to joint attention.
 
-    `kernels` are pairs: compiled for joint attention, and for such masks. The tiling chooses among them as it does on the GPU.
-    Costs are those of the loops over blocks, with all pipes overlapped in each; of all that a tile does; and of the latter with
-    the overlap that the blocks on an SM allow. `share` is the share of the GPU's peak for the mask's own pairs by the last.
+    `kernels` are pairs: compiled for joint attention, and for such masks. The tiling chooses among those that load as the first
+    does, as on the GPU. Costs are those of the loops over blocks, with all pipes overlapped in each; of all that a tile does; and
+    of the latter with the overlap that the blocks on an SM allow. `share` is the share of the GPU's peak for the mask's own pairs
+    by the last.
     """
+    kernels = [kernel for kernel in kernels if kernel.loads == kernels[0].loads]
     pairs = {Blocks(k.rows, k.columns): (joint, k) for joint, k in zip(kernels[::2], kernels[1::2], strict=True)}
     for name in ("kmt", "kmct"):
         for frames, tokens in SIZES:
@@ -169,10 +176,11 @@ def mask_rows(kernels: list[CompiledKernel]) -> Iterator[dict[str, Any]]:
 
 
 def _option(text: str) -> Option:
-    found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
+    found = re.fullmatch(rf"(\d+)x(\d+)w(\d+)s(\d+)(?: ({'|'.join(LOADS)}))?", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 128x64w4s2")
-    return Option(*map(int, found.groups()))
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 128x64w4s2 or '128x64w4s2 descriptors'")
+    rows, columns, warps, stages = map(int, found.groups()[:4])
+    return Option(rows, columns, warps, stages, found[5] or "pointers")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,7 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--step", nargs="+", choices=PASSES, default=list(PASSES), help="with --loops: these passes alone"
     )
     parser.add_argument(
-        "--option", type=_option, help="with --loops: 128x64w4s2 (rows, columns, warps, stages) for the defaults"
+        "--option",
+        type=_option,
+        help="with --loops: 128x64w4s2 (rows, columns, warps, stages; how it loads) for the defaults",
     )
     options_ = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -204,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     print(f"triton {triton.__version__}, {options_.dtype}")
     print(
-        f"{'arch':8}{'pass':16}{'D':>4} {'mask':6}{'option':>13}{'registers':>10}{'spilled':>8}{'shared memory':>18} "
+        f"{'arch':8}{'pass':16}{'D':>4} {'mask':6}{'option':>25}{'registers':>10}{'spilled':>8}{'shared memory':>18} "
         f"{'matrix':8}{'hot loop':>9}{'copies':>7}{'blocks':>7}{'overlapped':>11}{'in turn':>8}{'estimated':>10}"
     )
     stored: list[dict[str, Any]] = []
@@ -215,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             for r in map(kernel_row, compiled):
                 stored.append(r)
                 print(
-                    f"{r['arch']:8}{r['step']:16}{r['head_dim']:4} {r['mask']:6}{r['option']:>13}{r['registers']:10}"
+                    f"{r['arch']:8}{r['step']:16}{r['head_dim']:4} {r['mask']:6}{r['option']:>25}{r['registers']:10}"
                     f"{r['spilled_bytes']:8}{r['shared_bytes']:9} of {r['shared_limit']:6} {r['matrix']:8}"
                     f"{r['instructions']:9}{r['async_copies']:7}{r.get('blocks', ''):7}"
                     + "".join(f"{share:10.2f}" for share in r.get("share", {}).values()),

@@ -38,6 +38,7 @@ ROWS = all_pairs(
     grad_lse=[True, False],
     blocks=[(16, 16), (32, 16), (16, 32), (32, 32)],
     kind=["token", "frame", "packed", None],
+    loads=["pointers", "descriptors"],
 )
 
 
@@ -61,14 +62,14 @@ class Guards:
             assert not buffer.isnan().any(), "an element was not written"
 
 
-def forced(kind, blocks):
-    """A `choose` that takes this layout and these blocks."""
+def forced(kind, blocks, loads="pointers"):
+    """A `choose` that takes this layout, these blocks and, where the kernel and its inputs can, this way to load them."""
     from kronmask.kernels.config import Config
     from kronmask.kernels.tiles import Blocks, choose_tiling
 
-    def choose(step, mask, query, run):
+    def choose(step, mask, query, run, descriptors=False):
         layout = kind or choose_tiling(mask, (Blocks(*blocks),))[0]
-        return Config(layout, Blocks(*blocks), num_warps=4, num_stages=2)
+        return Config(layout, Blocks(*blocks), num_warps=4, num_stages=2, loads=loads)
 
     return choose
 
@@ -96,7 +97,7 @@ def check(mask, row, monkeypatch, blocks=None):
     with monkeypatch.context() as patch:
         patch.setattr(primitives, "empty", guards.empty)
         if DEVICE == "cpu" or row["kind"]:  # on a GPU the other rows run what users run
-            patch.setattr(forward, "choose", forced(row["kind"], blocks))
+            patch.setattr(forward, "choose", forced(row["kind"], blocks, row.get("loads", "descriptors")))
             patch.setattr(backward, "choose", forced(row["kind"], blocks))
         inputs = [x.detach().to(DEVICE).requires_grad_() for x in (query, key, value)]
         output, lse = kron_attention(*inputs, mask, backend="triton", return_lse=True)
@@ -162,6 +163,54 @@ def test_any_head_dimension(head_dim, monkeypatch):
     row = {"head_dim": head_dim, "dtype": torch.float16, "layout": "packed", "heads": (1, 1), "batch": 1}
     row |= {"grad_lse": True, "kind": None, "blocks": (16, 16)}
     check(masks.kmt(3, 20, prefix=1), row, monkeypatch)
+
+
+def keys_and_values(kind):
+    """Of 2 x 2 heads of 60 tokens and 16 dimensions, and whether descriptors can copy from them."""
+    data = torch.randn(2, 2, 60, 32, device=DEVICE).half()
+    return {
+        "contiguous": (data[..., :16].contiguous(), True),
+        "tokens first": (data[..., :16].transpose(1, 2).contiguous().transpose(1, 2), True),
+        "columns of a wider tensor": (data[..., 16:], True),
+        "not aligned": (data[..., 1:17], False),
+        "rows of an odd number of bytes": (torch.nn.functional.pad(data[..., :16], (0, 1))[..., :16], False),
+        "expanded over the batch": (data[:1, ..., :16].expand(2, -1, -1, -1), False),
+        "expanded over heads": (data[:, :1, :, :16].expand(-1, 2, -1, -1), False),
+        "last stride 2": (data[..., ::2], True),  # copied, as for pointers
+    }[kind]
+
+
+KINDS_OF_KEYS = (
+    "contiguous",
+    "tokens first",
+    "columns of a wider tensor",
+    "not aligned",
+    "rows of an odd number of bytes",
+    "expanded over the batch",
+    "expanded over heads",
+    "last stride 2",
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS_OF_KEYS)
+def test_descriptors_agree_with_pointers_or_give_way_to_them(kind, monkeypatch):
+    from kronmask.kernels import forward
+    from kronmask.kernels.config import Config
+    from kronmask.kernels.tiles import Blocks
+
+    mask = masks.kmt(3, 20)
+    query, (keys, can) = torch.randn(2, 2, 60, 16, device=DEVICE).half(), keys_and_values(kind)
+    made = []
+    described = forward.described
+    monkeypatch.setattr(forward, "described", lambda *given: made.append(given) or described(*given))
+    results = [
+        forward.attention_forward(query, keys, keys, (mask,), 0.25, Config("packed", Blocks(16, 16), loads=loads))
+        for loads in ("pointers", "descriptors")
+    ]
+    assert len(made) == (2 if can else 0)
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @needs_kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kronmask import masks
-from kronmask.kernels.config import TABLE, architecture, choose, options
+from kronmask.kernels.config import PASSES, TABLE, architecture, choose, defaults, options
 from kronmask.kernels.tiles import Blocks
 
 
@@ -14,6 +14,21 @@ from kronmask.kernels.tiles import Blocks
 def test_every_architecture_has_options_for_every_head_dimension(arch, head_dim, dtype):
     for step in ("forward", "backward_query", "backward_key"):
         assert options(step, arch, head_dim, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", TABLE)
+def test_without_descriptors_only_pointers_are_offered(arch, head_dim):
+    for step in PASSES:
+        assert {o.loads for o in defaults(step, arch, head_dim, torch.bfloat16, descriptors=False)} == {"pointers"}
+        if step != "forward" or arch not in ("sm_90", "sm_100"):
+            assert {o.loads for o in options(step, arch, head_dim, torch.bfloat16)} == {"pointers"}
+
+
+def test_warps_are_specialised_on_sm_100_alone():
+    for arch in set(TABLE) - {"sm_100"}:
+        for head_dim in (64, 128, 256):
+            assert all(o.loads != "specialised" for o in options("forward", arch, head_dim, torch.bfloat16))
 
 
 def test_the_cpu_is_the_interpreter_and_is_never_timed():

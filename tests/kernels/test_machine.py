@@ -2,7 +2,7 @@
 
 import pytest
 
-from kronmask.kernels.machine import GPUS, PIPES, Work, blocks_per_sm, matrix_loops, other_loops, work
+from kronmask.kernels.machine import GPUS, PIPES, Work, blocks_per_sm, matrix_loops, other_loops, partitions, work
 
 H100, A100, B200 = GPUS["sm_90"], GPUS["sm_80"], GPUS["sm_100"]
 
@@ -96,8 +96,40 @@ def test_what_is_predicated_off_is_only_issued():
     assert (found.cycles["issue"], found.cycles["shared"]) == (1, 0)
 
 
-def test_a_copy_by_descriptor_moves_its_box():
-    assert of("UTMALDG.2D [UR8], [UR4]", gpu=B200, box_bytes=8192).cycles["l2"] == 8192 / 64
+@pytest.mark.parametrize(("warps", "boxes", "copied"), [(4, 1, 1), (4, 2, 2), (1, 2, 1)])
+def test_a_copy_by_descriptor_moves_its_box_and_each_warp_another(warps, boxes, copied):
+    found = of("UTMALDG.2D [UR8], [UR4]", gpu=B200, warps=warps, box_bytes=8192, boxes=boxes)
+    assert found.cycles["l2"] == copied * 8192 / 64
+    assert found.cycles["shared"] == copied * 8192 / 128
+    assert found.cycles["issue"] == warps / 4
+
+
+def test_partitions_are_the_targets_of_the_indirect_branch():
+    code = """
+    USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x100
+    EXIT
+    .L_x_5:
+    BRX R2 -0xe950 (*"BRANCH_TARGETS .L_x_121,.L_x_120,.L_x_122"*)
+    .L_x_120:
+    FADD R1, R2, R3
+    .L_x_121:
+    FMUL R1, R2, R3
+    BRA `(.L_x_5)
+    .L_x_122:
+    EXIT
+    """
+    lines = [line.strip() for line in code.strip().splitlines()]
+    first, one, two = partitions(lines, 2)
+    assert one == [".L_x_121:", "FMUL R1, R2, R3", "BRA `(.L_x_5)"]
+    assert two == [".L_x_120:", "FADD R1, R2, R3"]
+    assert first == [line for line in lines if line not in (*one, *two)]
+
+
+def test_the_work_of_partitions_adds_up():
+    one, two = of("MUFU.EX2 R1, R2"), of("FFMA R1, R2, R3, R4", warps=1)
+    both = one + two
+    assert (both.cycles["exp2"], both.cycles["fp32"], both.cycles["issue"]) == (8, 0.25, 1.25)
+    assert (both.instructions, both.counts) == (2, {"exp2": 1, "fp32": 1})
 
 
 @pytest.mark.parametrize(
