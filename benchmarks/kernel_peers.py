@@ -93,7 +93,7 @@ def tutorial(path: Path, arch: str, head_dim: int, tile: tuple[int, int, int, in
     signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= dict.fromkeys(("Q", "K", "V", "Out"), "*bf16") | {"M": "*fp32", "sm_scale": "fp32"}
     code = compiled(kernel, signature, constants, arch, warps, stages)
-    return row("tutorial", read_code(code, arch, warps, 2 * columns * 64), arch, head_dim, tile)
+    return row("tutorial", read_code(code, arch, warps, 2 * columns * 64, head_dim // 64), arch, head_dim, tile)
 
 
 # ---- FlexAttention --------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def flex(name: str, arch: str, head_dim: int, sources: list[str], folder: Path) 
     (kernel,) = (value for key, value in vars(load(path, path.stem)).items() if key.startswith("triton_tem"))
     code = compiled(kernel, signature, {}, arch, warps, stages)
     tile = (numbers["BLOCK_M"], numbers["BLOCK_N"], warps, stages)
-    found = row(f"flex {name}", read_code(code, arch, warps, 2 * tile[1] * 64), arch, head_dim, tile)
+    found = row(f"flex {name}", read_code(code, arch, warps, 2 * tile[1] * 64, head_dim // 64), arch, head_dim, tile)
     visits = {}
     for frames, tokens in SIZES:
         blocks = masks.NAMES[name](frames, tokens).block_mask(FLEX_BLOCK)
