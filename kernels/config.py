@@ -171,7 +171,8 @@ def _fastest(
         candidates[words] = Config(kind, blocks, option.num_warps, option.num_stages, option.loads)
     rule = hashlib.sha256(mask.rule.encode()).hexdigest()[:16]
     sizes = f"{mask.query_frames}x{mask.key_frames} {mask.query_tokens}x{mask.key_tokens} {mask.prefix}"
-    key = f"kernel {step} {tuple(query.shape)} {query.dtype} | mask {rule} {sizes} | {tuning.environment(query.device)}"
+    inputs = f"{tuple(query.shape)} {query.dtype}" + (" described" if descriptors else "")
+    key = f"kernel {step} {inputs} | mask {rule} {sizes} | {tuning.environment(query.device)}"
     name = tuning.recall(key, list(candidates))
     if name is None and tuning.may_measure(query):
         calls = {name: partial(run, config) for name, config in candidates.items()}

@@ -6,6 +6,7 @@ and the cache are real. Triton's kernels and FlashAttention-4 refuse such tensor
 
 import json
 import logging
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,21 @@ def test_the_options_of_a_kernel_are_timed_each_in_its_best_layout(times, monkey
     monkeypatch.setattr(config, "_chosen", {})
     assert choose("forward", MASK, query, ran.append) == taken  # from the file
     assert len(times.log) == 1
+
+
+def test_inputs_that_cannot_be_described_have_a_choice_of_their_own(times, monkeypatch):
+    query = torch.empty(SHAPE)
+    several = (config.Option(32, 32, 4, 1, "descriptors"), config.Option(32, 32, 4, 1), config.Option(64, 64, 4, 1))
+    monkeypatch.setattr(config, "options", lambda *args: several)
+    times.ms = {f"{kind} 32x32, 4 warps, 1 stages, descriptors": 1.0 for kind in KINDS}
+    times.ms |= {f"{kind} 64x64, 4 warps, 1 stages": 2.0 for kind in KINDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as the choice of the other inputs would give
+        for _ in range(2):
+            taken = [choose("forward", MASK, query, lambda config: None, described) for described in (True, False)]
+            assert [(one.loads, one.blocks.rows) for one in taken] == [("descriptors", 32), ("pointers", 64)]
+            monkeypatch.setattr(config, "_chosen", {})
+    assert len(times.log) == 2
 
 
 def test_a_kernel_with_one_option_is_not_timed(times, monkeypatch):
