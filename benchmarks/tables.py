@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,20 +103,30 @@ def _number(value: float | None, unit: float, digits: int) -> str:
 
 def _accuracy() -> str:
     stored = _stored("accuracy")
-    header = ["attention of the temporal blocks", "top-1, mean ± std", "least", "most", "MFLOPs a clip"]
+    header = [
+        "attention of the temporal blocks", "seeds", "top-1, mean ± 95 %", "least", "most", "reversed: opposite", "last quarter",
+        "MFLOPs a clip",
+    ]  # fmt: skip
     lines = [
         [
             row["attention"],
-            f"{row['top1_mean']:.3f} ± {row['top1_std']:.3f}",
+            str(row["runs"]),
+            _interval(row, "top1"),
             *(f"{row[key]:.3f}" for key in ("top1_min", "top1_max")),
+            _interval(row, "reversed_opposite"),
+            f"{row['last_gain']:+.3f}",
             f"{row['gflops'] * 1000:.1f}",
         ]
         for row in stored["summary"]
     ]
-    seeds = len({row["seed"] for row in stored["rows"]})
     steps = stored["summary"][0]["steps"]
-    told = f"\n{seeds} seeds, {steps} steps each, {stored['settings']['num_test']} held-out clips of 8 motions.\n"
+    told = f"\n{steps} steps each, {stored['settings']['num_test']} held-out clips of 8 motions.\n"
     return _markdown(header, lines) + told + _source("accuracy", stored)
+
+
+def _interval(row: Mapping[str, Any], measure: str) -> str:
+    interval = row[f"{measure}_interval"]  # none of one run
+    return f"{row[f'{measure}_mean']:.3f}" + ("" if interval is None else f" ± {interval:.3f}")
 
 
 def _kernels() -> str:
@@ -352,8 +362,8 @@ def _summary() -> str:
         f"A frame of a stream (ViT-B/16, window {streams['window']}) after 1,000 frames costs "
         f"{stream['FrameStream']['over_begun']:.2f} of one at its start; recomputing a clip of {streams['window']} frames "
         f"{stream['sliding clip']['over_stream']:.1f} times as much.",
-        f"Toy motions, {best['steps']} steps: {best['attention']} leads with {best['top1_mean']:.3f} ± {best['top1_std']:.3f} "
-        f"top-1, KMCT has {accuracy['kmct']['top1_mean']:.3f} ± {accuracy['kmct']['top1_std']:.3f}.",
+        f"Toy motions, {best['steps']} steps: {best['attention']} leads with {_interval(best, 'top1')} top-1, KMCT has "
+        f"{_interval(accuracy['kmct'], 'top1')}.",
         "No GPU has run any of it: the Triton kernels are compiled for GPUs and run in Triton's interpreter.",
     ))  # fmt: skip
 

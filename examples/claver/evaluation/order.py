@@ -26,7 +26,16 @@ from ..weights.checkpoint import load_model
 from ..weights.hub import fetch
 from .evaluate import Evaluation, run_evaluation
 
-__all__ = ["Order", "evaluate_order", "opposites_of", "order", "read_opposites", "summarize"]
+__all__ = [
+    "MEASURES",
+    "Order",
+    "evaluate_order",
+    "mean_and_interval",
+    "opposites_of",
+    "order",
+    "read_opposites",
+    "summarize",
+]
 
 
 @dataclass(frozen=True)
@@ -165,10 +174,15 @@ def summarize(orders: Sequence[Order]) -> dict[str, dict[str, Any]]:
     summary: dict[str, dict[str, Any]] = {}
     for measure in MEASURES:
         values = [getattr(one, measure) for one in orders]
-        count = len(values)
-        interval = None if count < 2 else _t95(count - 1) * statistics.stdev(values) / count**0.5
-        summary[measure] = {"mean": statistics.fmean(values), "interval": interval, "values": values}
+        mean, interval = mean_and_interval(values)
+        summary[measure] = {"mean": mean, "interval": interval, "values": values}
     return summary
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of some runs, and half the width of its 95 % interval (Student's t; None of one run)."""
+    count = len(values)
+    return statistics.fmean(values), None if count < 2 else _t95(count - 1) * statistics.stdev(values) / count**0.5
 
 
 class _Reordered(Claver):
