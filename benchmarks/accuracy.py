@@ -31,7 +31,7 @@ from claver.config import Config
 from claver.data.motions import MOTIONS, MotionDataset, write_motion_dataset
 from claver.demo import FRAMES, SIZE, demo_config
 from claver.evaluation.evaluate import run_evaluation
-from claver.evaluation.order import MEASURES, evaluate_order, mean_and_interval, opposites_of
+from claver.evaluation.order import MEASURES, evaluate_order, mean_and_interval, opposites_of, with_interval
 from claver.model import Claver, build_model
 from claver.training.train import train
 
@@ -252,7 +252,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             mean, place, xerr=interval, color=INK, linewidth=1.5, capsize=3, marker="|", markersize=12, zorder=3
         )
         cells = (
-            _with_interval(mean, interval),
+            with_interval(mean, interval),
             f"{item['reversed_opposite_mean']:.3f}",
             f"{item['gflops'] * 1000:.1f}",
         )
@@ -298,10 +298,6 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _with_interval(mean: float, interval: float | None) -> str:
-    return f"{mean:.3f}" + ("" if interval is None else f" ± {interval:.3f}")
-
-
 def _print(rows: Sequence[Mapping[str, Any]], workers: int) -> None:
     """The summary as a table, and below it what failed."""
     columns = (
@@ -312,7 +308,7 @@ def _print(rows: Sequence[Mapping[str, Any]], workers: int) -> None:
     for item in summarize(rows):
         least, most, gain = (f"{item[key]:.3f}" for key in ("top1_min", "top1_max", "last_gain"))
         top1, backwards, shuffled = (
-            _with_interval(item[f"{key}_mean"], item[f"{key}_interval"])
+            with_interval(item[f"{key}_mean"], item[f"{key}_interval"])
             for key in ("top1", "reversed_opposite", "shuffled_same")
         )
         counts = (f"{item[key]:,}" for key in ("parameters", "temporal_parameters"))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kronmask.tuning import HEAD_START
+from kronmask.tuning import timer
 
 __all__ = [
     "CAN_MEASURE_A_PROCESS",
@@ -216,19 +216,14 @@ def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def _cuda_seconds(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    timed = timer(device)
 
-    def timed(call: Callable[[], object], _: int) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        cache.zero_()
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        call()
-        stop.record()
+    def seconds(call: Callable[[], object], _: int) -> float:
+        start, stop = timed(call)
         torch.cuda.synchronize(device)
         return start.elapsed_time(stop) / 1000
 
-    return timed
+    return seconds
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

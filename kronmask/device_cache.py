@@ -66,6 +66,5 @@ def _needs_a_thread(device: torch.device) -> bool:
 
 
 def _is_capturing() -> bool:
-    return (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    )  # there may be no GPU, but fake tensors of one
+    # there may be no GPU, but fake tensors of one
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -25,7 +25,18 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["cache_file", "environment", "export", "fastest", "is_busy", "is_gpu", "may_measure", "measure", "recall"]
+__all__ = [
+    "cache_file",
+    "environment",
+    "export",
+    "fastest",
+    "is_busy",
+    "is_gpu",
+    "may_measure",
+    "measure",
+    "recall",
+    "timer",
+]
 
 log = logging.getLogger("kronmask")
 ROUNDS = 15
@@ -126,28 +137,37 @@ def fastest(
 
 
 def measure(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds on the GPU of each call: in each round each runs once, in turn, after the L2 cache was overwritten.
-
-    The GPU is kept busy until the host has launched a call, so that the time of a short one is not that of its launch.
-    """
+    """Median milliseconds of each call: in each round each runs once, in turn, as `timer` does it."""
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     with torch.cuda.device(device):
-        cache = torch.empty(
-            2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device
-        )
+        timed = timer(device)
         for _ in range(ROUNDS):
             for name, call in calls.items():
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                cache.zero_()
-                torch.cuda._sleep(HEAD_START)
-                start.record()
-                call()
-                stop.record()
+                start, stop = timed(call)
                 events[name].append((start, stop))
             stop.synchronize()
     return {
         name: statistics.median(start.elapsed_time(stop) for start, stop in pairs) for name, pairs in events.items()
     }
+
+
+def timer(device: torch.device) -> Callable[[Callable[[], object]], tuple[Any, Any]]:
+    """What launches a call on a GPU between two events, which it returns, after the L2 cache was overwritten.
+
+    The GPU is kept busy until the host has launched the call, so that the time of a short one is not that of its launch.
+    """
+    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+    def timed(call: Callable[[], object]) -> tuple[Any, Any]:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        call()
+        stop.record()
+        return start, stop
+
+    return timed
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronmask.backends.layout import as_stored
 from kronmask.device_cache import kept_on_device
 from kronmask.mask import KronMask
 
@@ -40,8 +41,7 @@ def forward(
     if not query.numel():  # FlexAttention returns no log-sum-exp of nothing
         return _nothing_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     output, lse = _flex(query.detach(), key.detach(), value.detach(), mask, scale, kernel)
-    output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output, lse.float().contiguous()
+    return as_stored(output), lse.float().contiguous()
 
 
 def backward(
@@ -71,11 +71,13 @@ def backward(
             grads = torch.autograd.grad(outputs[0], inputs, grad_output)
         else:
             grads = torch.autograd.grad(outputs, inputs, (grad_output, grad_lse.to(outputs[1].dtype)))
-    return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)  # type: ignore[return-value]
+    return tuple(as_stored(grad) for grad in grads)  # type: ignore[return-value]
 
 
 def _nothing_like(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
+    return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(
+        1, 2
+    )  # a tensor of its own, as a custom op must return
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from kronmask.backends.layout import as_stored
 from kronmask.device_cache import kept_on_device
 from kronmask.mask import KronMask
 from kronmask.plan import Plan, Rectangles, make_plan
@@ -45,7 +46,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
     if plan.is_one_call and query.numel():
         ((_, bias, empty),) = _calls(plan, query)
         output, lse = _flash(query, key, value, scale, bias, empty)
-        return _as_stored(output), lse.contiguous()
+        return as_stored(output), lse.contiguous()
     # half-precision parts are merged in float32, so that the merge rounds once
     output = query.new_empty(batch, length, heads, head_dim, dtype=torch.float32).transpose(1, 2)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -68,7 +69,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: KronMask, scale: fl
         for q, k, v, o, s in _pieces(part, "qkkqq", query, key, value, output, lse[..., None]):
             _merge(o, s[..., 0], *_flash(q, k, v, scale, bias, empty), part.first, empty is not None)
     if plan.gathered:
-        query, key, value = (_as_stored(x) for x in (query, key, value))
+        query, key, value = (as_stored(x) for x in (query, key, value))
     for tiles in _tiles(mask, query.dtype, query.device) if plan.gathered else ():
         q, k, v = (_gather(x, i) for x, i in ((query, tiles.queries), (key, tiles.keys), (value, tiles.keys)))
         part_output, part_lse = _flash(q, k, v, scale, tiles.bias, None)
@@ -102,7 +103,7 @@ def backward(
     if plan.is_one_call and query.numel() and grad_lse is None:
         ((_, bias, _),) = _calls(plan, query)
         part_grads = _flash_backward(grad_output, query, key, value, output, lse[..., 0], scale, bias)
-        grad_query, grad_key, grad_value = (_as_stored(grad) for grad in part_grads)
+        grad_query, grad_key, grad_value = (as_stored(grad) for grad in part_grads)
         return grad_query, _sum_heads(grad_key, key_heads), _sum_heads(grad_value, key_heads)
 
     grads: tuple[Tensor, ...] = tuple(
@@ -144,7 +145,7 @@ def backward(
     for part, bias, _ in _calls(plan, query) if query.numel() else ():
         accumulate(_pieces(part, roles, *tensors), bias)
     if plan.gathered:
-        tensors = (*(_as_stored(x) for x in tensors[:6]), *grads)
+        tensors = (*(as_stored(x) for x in tensors[:6]), *grads)
     for tiles in _tiles(mask, dtype, query.device) if plan.gathered and query.numel() else ():
         indices = [tiles.keys if role == "k" else tiles.queries for role in roles]
         q, k, v, g, o, s = (_gather(x, i) for x, i in zip(tensors[:6], indices[:6], strict=True))
@@ -247,11 +248,6 @@ def _position_views(
             offset = tensor.storage_offset() + b * tensor.stride(0) + (mask.prefix + first * tokens) * by_row
             views.append(tensor.as_strided(size, (by_row, by_head, tokens * by_row, by_column), offset))
         yield tuple(views)
-
-
-def _as_stored(tensor: Tensor) -> Tensor:
-    """`(B, H, L, D)`, physically `(B, L, H, D)`."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _loadable(tensor: Tensor) -> Tensor:
@@ -416,7 +412,7 @@ def _flash_backward(
         # the kernel takes rows one behind the other for granted, and padding by nothing keeps the strides
         lse = torch.nn.functional.pad(lse.contiguous(), (0, -rows % 32), value=float("inf"))
         if output.stride(2) != output.shape[1] * output.shape[3]:
-            output = _as_stored(output)  # in half precision the kernel reads it itself, and never asks for this stride
+            output = as_stored(output)  # in half precision the kernel reads it itself, and never asks for this stride
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad_output, query, key, value, _expanded(bias, query, key), output, lse, seed, seed, 0.0,
             [True, True, True, False], scale=scale,

@@ -35,6 +35,7 @@ __all__ = [
     "order",
     "read_opposites",
     "summarize",
+    "with_interval",
 ]
 
 
@@ -257,10 +258,13 @@ def _table(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], counts: Mappi
     }
     lines = [" " * 30 + "".join(f"{f'{name} ({counts[name]})':>18}" for name in summary)]
     for measure, text in words.items():
-        cells = [f"{_in_words(group[measure]):>18}" for group in summary.values()]
+        cells = [
+            f"{with_interval(group[measure]['mean'], group[measure]['interval']):>18}" for group in summary.values()
+        ]
         lines.append(f"{text:<30}" + "".join(cells))
     return "\n".join(lines)
 
 
-def _in_words(value: Mapping[str, Any]) -> str:
-    return f"{value['mean']:.3f}" + ("" if value["interval"] is None else f" ± {value['interval']:.3f}")
+def with_interval(mean: float, interval: float | None) -> str:
+    """What `mean_and_interval` gives, as text."""
+    return f"{mean:.3f}" + ("" if interval is None else f" ± {interval:.3f}")
