@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claver import DEMO_CHECKPOINT, check_demo_checkpoint
+from claver import DEMO_CHECKPOINT
 
 if TYPE_CHECKING:
     from claver.config import ModelConfig
     from claver.data.sources import Source
     from claver.evaluation.annotate import AnnotatedVideo
     from claver.evaluation.streaming import StreamClassifier
-    from claver.prompts.choice import Choice
     from torch import Tensor
 
 MOST_BARS = 10  # in an annotated video
@@ -41,15 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Stream all sources one after the other, and end with a summary, also when Ctrl-C or an error cuts the stream short."""
-    import torch
+    from claver.command_line import Given
+    from claver.data.lists import read_labels
     from claver.data.sources import open_source
     from claver.evaluation.annotate import AnnotatedVideo
     from claver.evaluation.streaming import StreamClassifier
-    from claver.settings import from_dict
     from claver.text import encode_prompts, tokens_of
-    from claver.weights.checkpoint import load_model
+    from claver.weights.loading import open_checkpoint, texts_of
 
-    check_demo_checkpoint(options.checkpoint)
     for path in filter(None, (options.out, options.plot)):
         if any(Path(path).resolve() == Path(source).resolve() for source in options.sources):
             raise ValueError(f"{path}: is a source, which is not to be written over; give another name")
@@ -62,11 +60,10 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.plot}: is there already; pass --overwrite, or another name")
     video = AnnotatedVideo(options.out, overwrite=options.overwrite) if options.out else None
 
-    model, content = load_model(options.checkpoint)
-    config = from_dict(content["config"], options.checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    choice = _texts(options, content)
-    _note(f"texts of {len(choice.classes)} classes: {choice.description}")
+    given = Given({}, ())
+    loaded = open_checkpoint(options.checkpoint, given)
+    model, config = loaded.model, loaded.config
+    choice = texts_of(loaded, given, read_labels(options.labels) if options.labels else options.classes)
     text_features = encode_prompts(model, tokens_of(choice.prompts, model))
     classifier = StreamClassifier(model, config.model.frames, config.augment, text_features, average=options.average)
     if classifier.stream.length is not None:
@@ -132,17 +129,6 @@ def _stream(
                 video.close()
             _plot(options.plot, curves, classes)
             _summarize(options, classifier, top, video)
-
-
-def _texts(options: argparse.Namespace, content: dict[str, Any]) -> Choice:
-    from claver.data.lists import read_labels
-    from claver.prompts.choice import choose_prompts_of_checkpoint, choose_prompts_of_others
-    from claver.settings import from_dict
-
-    config = from_dict(content["config"], options.checkpoint)
-    if options.labels or options.classes:
-        return choose_prompts_of_others(config, options.classes or read_labels(options.labels))
-    return choose_prompts_of_checkpoint(config, content, need_labels=False)
 
 
 def _why_it_begins_anew(config: ModelConfig) -> str:
@@ -255,7 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="video file, folder of images, or camera:0; several follow each other",
     )
-    add("--checkpoint", default=DEMO_CHECKPOINT, help="of claver_k400.py; default: %(default)s")
+    add(
+        "--checkpoint",
+        default=DEMO_CHECKPOINT,
+        help="of claver_k400.py, an official one, a folder or hf://owner/name; default: %(default)s",
+    )
     add(
         "--every",
         type=_every,

@@ -24,7 +24,7 @@ from claver.evaluation.predict import predictions
 from claver.evaluation.streaming import StreamClassifier
 from claver.model import build_model
 from claver.text import encode_prompts, tokens_of
-from claver.weights.checkpoint import load_model, save_checkpoint
+from claver.weights.checkpoint import BEST, load_model, save_checkpoint
 from PIL import Image
 from small import small_model
 from video_files import copy_from, decode_all, numbered_frame, read_numbers, write_video
@@ -75,6 +75,14 @@ def probabilities_in(record: dict) -> list[float]:
 
 
 # ---- what it says ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_a_run_stands_for_its_best_weights(checkpoint, video, tmp_path, capsys):
+    (tmp_path / BEST).write_bytes(Path(checkpoint).read_bytes())
+    rows, expected = (stream_json(capsys, video, "--checkpoint", name) for name in (str(tmp_path), checkpoint))
+    assert [row["top"] for row in rows] == [row["top"] for row in expected]
+    assert stream.main([video, "--checkpoint", str(tmp_path / "none.pt")]) == 1
+    assert "none.pt" in capsys.readouterr().err
 
 
 def test_a_streamed_clip_has_the_probabilities_of_the_whole_clip(checkpoint):
