@@ -2,7 +2,8 @@
 
 Both walk tiles as the forward does. The query pass has the forward's tiles and also writes `delta = sum(dO * O) - dLSE`, through
 which the gradient of the log-sum-exp enters. The key pass has the tiles of the transposed mask, so that each key row belongs to
-one program, which adds up its query heads in order: equal inputs give equal bits. Probabilities are recomputed as
+one program, which adds up its query heads in order: equal inputs give equal bits. Whole blocks come through pointers or
+descriptors, as in the forward. Probabilities are recomputed as
 `exp(score - lse)`, `dS = P * (dO V^T - delta)`. After FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 """
 
@@ -15,21 +16,23 @@ from torch import Tensor
 
 from kronmask.kernels import primitives
 from kronmask.kernels.config import Config, choose
-from kronmask.kernels.forward import constants, mask_tables, widest
+from kronmask.kernels.forward import block_loads, constants, mask_tables, widest
 from kronmask.kernels.primitives import (
     LOG2E,
     addressable,
     batch_and_head,
+    describable,
     diagonal_rows,
     dot,
     gather_block,
-    load_block,
+    load_pair,
     load_rows,
     load_run,
     narrow,
     seen_bits,
     store_rows,
     tile_rows,
+    tile_rows_again,
 )
 from kronmask.kernels.tiles import make_tables, transposed
 from kronmask.mask import KronMask
@@ -68,7 +71,7 @@ def query_diagonal(
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "length", "num_diagonals"])  # fmt: skip
 def backward_query_kernel(
-    query, key, value, output, grad_output, lse, grad_lse, delta, grad_query,
+    query, key, value, key_blocks, value_blocks, output, grad_output, lse, grad_lse, delta, grad_query,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
@@ -76,14 +79,18 @@ def backward_query_kernel(
     num_tiles, heads, group_heads, group, length, num_diagonals,
     HAS_GRAD_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, LOADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest."""
+    """One tile of BLOCK_M query rows of one head; grid `(num_tiles * B * group_heads)`, tiles (of all groups) fastest.
+
+    `key_blocks` and `value_blocks` are descriptors of key and value for blocks of BLOCK_N rows, None if LOADS is "pointers".
+    """
     tile = tl.program_id(0) % num_tiles
     extent = tiles_table + tile * 10
     batch, head = batch_and_head(extent, num_tiles, group_heads)
-    key_base = key + batch * key_batch + head // group * key_head
-    value_base = value + batch * value_batch + head // group * value_head
+    shared = head // group
+    key_base = key + batch * key_batch + shared * key_head
+    value_base = value + batch * value_batch + shared * value_head
 
     rows, exists = tile_rows(rows_table, tile, BLOCK_M)
     query_base = query + batch * query_batch + head * query_head
@@ -122,8 +129,10 @@ def backward_query_kernel(
         start, run_length, hole_at, hole = load_run(runs_table, run)
         for column in range(0, run_length, BLOCK_N):
             first_key = start + column + tl.where(column >= hole_at, hole, 0)
-            k = load_block(key_base, first_key, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v = load_block(value_base, first_key, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+            k, v = load_pair(
+                key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, first_key,
+                HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+            )  # fmt: skip
             acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, None, "none", PRECISION)
 
     block = tl.load(extent + 2)
@@ -143,8 +152,10 @@ def backward_query_kernel(
             seen = tl.load(bits_table + word + classes) != 0
             hidden = tl.where(seen, log_sum, float("inf"))
             for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
-                k = load_block(key_base, start + column, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-                v = load_block(value_base, start + column, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                k, v = load_pair(
+                    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, start + column,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                )  # fmt: skip
                 acc = query_step(q, grad, k, v, hidden, change, acc, log2_scale, None, "none", PRECISION)
 
         word = tl.load(extent + 7)
@@ -157,6 +168,7 @@ def backward_query_kernel(
             acc = query_step(q, grad, k, v, log_sum, change, acc, log2_scale, seen, "pairs", PRECISION)
             word += num_classes * ((BLOCK_N + 31) // 32)
 
+    rows, exists = tile_rows_again(rows_table, tile, BLOCK_M)
     grad_query += batch * grad_query_batch + head * grad_query_head
     store_rows(grad_query, rows, grad_query_row, acc * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
 
@@ -197,7 +209,7 @@ def key_diagonal(
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "sharing", "length", "num_diagonals"])  # fmt: skip
 def backward_key_kernel(
-    query, key, value, grad_output, lse, delta, grad_key, grad_value,
+    query, key, value, query_blocks, grad_blocks, grad_output, lse, delta, grad_key, grad_value,
     rows_table, lists_table, classes_table, tiles_table, runs_table, keys_table, bits_table, diagonals,
     scale, log2_scale,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
@@ -206,11 +218,12 @@ def backward_key_kernel(
     num_tiles, heads, group_heads, sharing, length, num_diagonals,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONALS: tl.constexpr, TESTED: tl.constexpr, LOADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * group_heads)`. The tables are the transposed masks'.
 
     `heads` counts a head of keys once for each of the `sharing` groups of heads that share it, and each has gradients of its own.
+    `query_blocks` and `grad_blocks` are their descriptors for blocks of BLOCK_N rows, None if LOADS is "pointers".
     """
     tile = tl.program_id(0) % num_tiles
     extent = tiles_table + tile * 10
@@ -259,8 +272,10 @@ def backward_key_kernel(
             start, run_length, hole_at, hole = load_run(runs_table, run)
             for column in range(0, run_length, BLOCK_N):
                 first_query = start + column + tl.where(column >= hole_at, hole, 0)
-                q = load_block(query_base, first_query, query_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-                grad = load_block(grad_base, first_query, grad_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                q, grad = load_pair(
+                    query_base, grad_base, query_blocks, grad_blocks, query_row, grad_row, batch, query_head_index, first_query,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                )  # fmt: skip
                 log_sum = tl.load(lse_base + first_query + offsets)
                 change = tl.load(delta_base + first_query + offsets)
                 grad_k, grad_v = key_step(
@@ -287,8 +302,10 @@ def backward_key_kernel(
                 seen = (tl.load(bits_table + word + classes) != 0)[:, None]
                 for column in tl.range(0, run_length, BLOCK_N, num_stages=1):
                     first_query = start + column
-                    q = load_block(query_base, first_query, query_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-                    grad = load_block(grad_base, first_query, grad_row, BLOCK_N, HEAD_DIM, BLOCK_D)
+                    q, grad = load_pair(
+                        query_base, grad_base, query_blocks, grad_blocks, query_row, grad_row, batch, query_head_index,
+                        first_query, HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
+                    )  # fmt: skip
                     log_sum = tl.load(lse_base + first_query + offsets)
                     change = tl.load(delta_base + first_query + offsets)
                     grad_k, grad_v = key_step(
@@ -309,6 +326,7 @@ def backward_key_kernel(
                 )
                 word += num_classes * ((BLOCK_N + 31) // 32)
 
+    rows, exists = tile_rows_again(rows_table, tile, BLOCK_M)
     grad_key += batch * grad_key_batch + head * grad_key_head
     grad_value += batch * grad_value_batch + head * grad_value_head
     store_rows(grad_key, rows, grad_key_row, grad_k * scale, exists, HEAD_DIM, BLOCK_D, PRECISION)
@@ -366,32 +384,36 @@ def attention_backward(
 
     def launch_query(config: Config) -> None:
         tables = make_tables(masks, config.blocks, config.kind, device)
+        loads, blocks = block_loads(config, key, value)
         backward_query_kernel[(tables.num_tiles * batch * group_heads,)](
-            query, key, value, output, grad_output, lse, given_lse, delta, grad_query, *mask_tables(tables),
+            query, key, value, *blocks, output, grad_output, lse, given_lse, delta, grad_query, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *grad_output.stride()[:3],
             *grad_query.stride()[:3],
             tables.num_tiles, heads, group_heads, heads // key_heads, length, tables.num_diagonals,
-            HAS_GRAD_LSE=grad_lse is not None, **constants(query, config, tables),
+            HAS_GRAD_LSE=grad_lse is not None, LOADS=loads, **constants(query, config, tables),
         )  # fmt: skip
 
     def launch_key(config: Config) -> None:
         tables = make_tables(reverse, config.blocks, config.kind, device)
+        loads, blocks = block_loads(config, query, grad_output)
         backward_key_kernel[(tables.num_tiles * batch * group_owners,)](
-            query, key, value, grad_output, lse, delta, grad_key, grad_value, *mask_tables(tables),
+            query, key, value, *blocks, grad_output, lse, delta, grad_key, grad_value, *mask_tables(tables),
             scale, scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
             *grad_key.stride()[:3], *grad_value.stride()[:3],
             tables.num_tiles, owners, group_owners, sharing, length, tables.num_diagonals,
-            GROUP=heads // owners, **constants(query, config, tables, heads // owners),
+            GROUP=heads // owners, LOADS=loads, **constants(query, config, tables, heads // owners),
         )  # fmt: skip
 
     if query.numel():
         with torch.cuda.device_of(query):  # Triton launches on the current device
             # the query pass first: it writes the delta that the key pass reads
             of_group = query[:, :group_heads]
-            launch_query(query_config or choose("backward_query", widest(masks), of_group, launch_query))
-            launch_key(key_config or choose("backward_key", widest(reverse), of_group, launch_key))
+            loaded = describable(key) and describable(value)
+            launch_query(query_config or choose("backward_query", widest(masks), of_group, launch_query, loaded))
+            loaded = describable(query) and describable(grad_output)
+            launch_key(key_config or choose("backward_key", widest(reverse), of_group, launch_key, loaded))
     if sharing > 1:
         grad_key, grad_value = (
             x.transpose(1, 2).unflatten(2, (key_heads, sharing)).sum(3).to(key.dtype).transpose(1, 2)

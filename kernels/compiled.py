@@ -145,7 +145,7 @@ def compile_kernel(
             signature[name] = "constexpr"
             constexprs[(index,)] = constants[name]
             continue
-        if name in ("key_blocks", "value_blocks"):
+        if name.endswith("_blocks"):
             if option.loads == "pointers":
                 signature[name], constexprs[(index,)] = "constexpr", None
             else:
@@ -160,7 +160,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=target,
-        options={"num_warps": option.num_warps, "num_stages": option.num_stages},
+        options={"num_warps": option.num_warps, "num_stages": option.num_stages, **primitives.COMPILED},
     )
     row_bytes = primitives.block_dim(head_dim) * dtype.itemsize  # boxes are of at most 128 bytes a row
     boxes = -(-row_bytes // 128)

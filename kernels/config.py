@@ -1,10 +1,10 @@
 """Which layout, block sizes, warps and pipeline stages each kernel runs with.
 
 A table gives, for an architecture, head dimension and precision, one or two block sizes, the best of a search by modelled cost
-(`python -m kronmask.kernels.search`), and other ways to load keys and values. For head dimensions 64, 80, 96 and 128 in bfloat16
-they fit in shared memory and compile without spilled registers, but for warp-specialised ones, which save a few indices before
-the loop over whole blocks; `python -m kronmask.kernels.report` shows it and a test holds it. Other head dimensions are filled up
-to a power of two, and some of their kernels spill. The cost model of `tiles` then picks among the options that load as the first
+(`python -m kronmask.kernels.search`), and other ways to load blocks. For head dimensions 64, 80, 96 and 128 in bfloat16 they fit
+in shared memory and spill no registers in the loop over whole blocks, and most of them none at all; `python -m
+kronmask.kernels.report` shows it and a test holds it. Other head dimensions are filled up to a power of two, and some of their
+kernels spill. The cost model of `tiles` then picks among the options that load as the first
 does and the layouts for the mask at hand. The table rests on compiled code, not on timings: on a GPU all options are timed once
 for each mask and shape, and the fastest is kept on disk (see `kronmask.tuning`).
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+import triton
 from torch import Tensor
 
 from kronmask import tuning
@@ -27,9 +28,11 @@ from kronmask.mask import KronMask
 __all__ = ["LOADS", "PASSES", "Config", "Option", "architecture", "choose", "defaults", "options"]
 
 PASSES = ("forward", "backward_query", "backward_key")
-# How the forward's loop over whole blocks loads keys and values: by pointers; through descriptors (sm_90 and newer); or through
-# descriptors and in warps of their own, as others start the matrix products (sm_100 alone).
+# How the loops over whole blocks load them: by pointers; through descriptors (sm_90 and newer); or through descriptors and in
+# warps of their own, as others start the matrix products (the forward on sm_100 alone).
 LOADS = ("pointers", "descriptors", "specialised")
+# Triton 3.7 divides the loop among warps in another way, which the report does not model.
+SPECIALISES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 @dataclass(frozen=True)
@@ -63,27 +66,37 @@ Row = tuple[tuple[int, int, int, int] | tuple[int, int, int, int, str], ...]  # 
 # For each architecture: pass, then for head dimensions up to 64, 128 and 256 the options in half precision.
 TABLE: dict[str, dict[str, tuple[Row, Row, Row]]] = {
     "sm_80": {
-        "forward": (((128, 32, 4, 2), (64, 64, 4, 2)), ((128, 32, 8, 2),), ((64, 32, 8, 2),)),
-        "backward_query": (((128, 32, 4, 2), (64, 64, 4, 2)), ((64, 128, 8, 2),), ((32, 32, 8, 1),)),
-        "backward_key": (((64, 32, 4, 2),), ((64, 64, 8, 2),), ((32, 32, 8, 1),)),
+        "forward": (((128, 32, 4, 2), (64, 64, 4, 2)), ((128, 32, 4, 2), (64, 64, 4, 2)), ((64, 32, 8, 2),)),
+        "backward_query": (((128, 32, 4, 2), (64, 64, 4, 2)), ((64, 64, 4, 2),), ((32, 32, 8, 1),)),
+        "backward_key": (((128, 32, 4, 2), (64, 32, 4, 2)), ((64, 128, 8, 2),), ((32, 32, 8, 1),)),
     },
     "sm_90": {
         "forward": (
             ((128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2, "descriptors")),
-            ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2, "descriptors")),
+            ((128, 128, 8, 2, "descriptors"), (64, 64, 4, 2, "descriptors"), (128, 64, 8, 2), (64, 64, 4, 2)),
             ((64, 32, 8, 2),),
         ),
-        "backward_query": (((64, 64, 4, 2),), ((128, 64, 8, 2),), ((64, 32, 8, 1),)),
-        "backward_key": (((64, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
+        "backward_query": (((64, 64, 4, 2),), ((64, 64, 4, 2, "descriptors"), (128, 64, 8, 2)), ((64, 32, 8, 1),)),
+        "backward_key": (((64, 64, 4, 2),), ((64, 64, 4, 2, "descriptors"), (128, 32, 8, 2)), ((64, 32, 8, 1),)),
     },
     "sm_100": {
         "forward": (
-            ((128, 128, 8, 2), (64, 64, 4, 2), (128, 128, 4, 2, "specialised")),
-            ((128, 128, 8, 2, "descriptors"), (128, 64, 8, 2), (128, 64, 8, 2, "specialised")),
+            (
+                (128, 64, 4, 2, "descriptors"),
+                (64, 64, 4, 2, "descriptors"),
+                (128, 128, 4, 2, "specialised"),
+                (128, 64, 4, 2),
+                (64, 64, 4, 2),
+            ),
+            ((128, 128, 8, 2, "specialised"), (128, 128, 8, 2, "descriptors"), (128, 64, 8, 2)),
             ((64, 32, 8, 2),),
         ),
-        "backward_query": (((128, 64, 4, 2),), ((128, 32, 8, 2),), ((64, 32, 8, 1),)),
-        "backward_key": (((128, 32, 4, 2),), ((64, 64, 8, 2),), ((64, 32, 8, 1),)),
+        "backward_query": (((128, 64, 4, 2),), ((128, 128, 8, 2, "descriptors"), (128, 32, 8, 2)), ((64, 32, 8, 1),)),
+        "backward_key": (
+            ((128, 64, 4, 2, "descriptors"), (128, 32, 4, 2)),
+            ((128, 64, 8, 2, "descriptors"), (64, 64, 8, 2)),
+            ((64, 32, 8, 1),),
+        ),
     },
     "gfx942": {
         "forward": (((128, 64, 4, 1), (64, 64, 4, 1)), ((64, 64, 4, 1),), ((64, 32, 4, 1),)),
@@ -153,7 +166,11 @@ _chosen: dict[Hashable, Config] = {}
 def _offered(step: str, arch: str, head_dim: int, dtype: torch.dtype, descriptors: bool) -> list[Option]:
     """The options that the inputs can take; there is always one with pointers."""
     every = options(step, arch, head_dim, dtype)
-    return [option for option in every if descriptors or option.loads == "pointers"]
+    return [
+        option
+        for option in every
+        if option.loads == "pointers" or (descriptors and (SPECIALISES or option.loads != "specialised"))
+    ]
 
 
 def _fastest(

@@ -11,6 +11,8 @@ value, and on sm_100 warps of their own can start the copies and the matrix prod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,19 +29,19 @@ from kronmask.kernels.primitives import (
     diagonal_rows,
     dot,
     gather_block,
-    load_block,
-    load_described,
+    load_pair,
     load_rows,
     load_run,
     narrow,
     seen_bits,
     store_rows,
     tile_rows,
+    tile_rows_again,
 )
 from kronmask.kernels.tiles import TileTables, make_tables
 from kronmask.mask import KronMask
 
-__all__ = ["attention_forward", "constants", "forward_kernel", "mask_tables", "widest"]
+__all__ = ["attention_forward", "block_loads", "constants", "forward_kernel", "mask_tables", "widest"]
 
 
 @triton.jit
@@ -68,21 +70,6 @@ def softmax_step(q, k, v, maximum, total, acc, scale, seen, MASK: tl.constexpr, 
     acc = acc * decay[:, None]
     acc = dot(narrow(weights, v.dtype, PRECISION), v, acc, PRECISION)
     return highest, total, acc
-
-
-@triton.jit
-def load_whole(
-    key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, head, first,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LOADS: tl.constexpr,
-):  # fmt: skip
-    """Keys and values `(BLOCK_N, BLOCK_D)` of the rows from `first` on."""
-    if LOADS == "pointers":
-        k = load_block(key_base, first, key_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-        v = load_block(value_base, first, value_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-    else:
-        k = load_described(key_blocks, batch, head, first, BLOCK_N, BLOCK_D)
-        v = load_described(value_blocks, batch, head, first, BLOCK_N, BLOCK_D)
-    return k, v
 
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "group_heads", "group", "query_length", "num_diagonals"])  # fmt: skip
@@ -139,7 +126,7 @@ def forward_kernel(
         if LOADS == "specialised":
             for column in tl.range(0, length, BLOCK_N, warp_specialize=True):
                 first = start + column + tl.where(column >= hole_at, hole, 0)
-                k, v = load_whole(
+                k, v = load_pair(
                     key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, first,
                     HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
                 )  # fmt: skip
@@ -147,7 +134,7 @@ def forward_kernel(
         else:  # Triton 3.3 has no such argument
             for column in range(0, length, BLOCK_N):
                 first = start + column + tl.where(column >= hole_at, hole, 0)
-                k, v = load_whole(
+                k, v = load_pair(
                     key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, first,
                     HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
                 )  # fmt: skip
@@ -170,7 +157,7 @@ def forward_kernel(
             start, length, word, _ = load_run(runs_table, run)
             seen = tl.load(bits_table + word + classes) != 0
             for column in tl.range(0, length, BLOCK_N, num_stages=1):
-                k, v = load_whole(
+                k, v = load_pair(
                     key_base, value_base, key_blocks, value_blocks, key_row, value_row, batch, shared, start + column,
                     HEAD_DIM, BLOCK_D, BLOCK_N, LOADS,
                 )  # fmt: skip
@@ -186,6 +173,7 @@ def forward_kernel(
             maximum, total, acc = softmax_step(q, k, v, maximum, total, acc, scale, seen, "pairs", PRECISION)
             word += num_classes * ((BLOCK_N + 31) // 32)
 
+    rows, exists = tile_rows_again(rows_table, tile, BLOCK_M)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc * (1.0 / total)[:, None]
@@ -218,7 +206,6 @@ def attention_forward(
     if not output.numel():
         return output, lse
     query, key, value = (addressable(x) for x in (query, key, value))
-    descriptors = describable(key) and describable(value)
     if scale < 0:  # the running maximum is that of the scores before they are scaled
         query, scale = -query, -scale
     elif not scale:  # and -inf times 0 is no number
@@ -227,8 +214,7 @@ def attention_forward(
 
     def launch(config: Config) -> None:
         tables = make_tables(masks, config.blocks, config.kind, query.device)
-        loads = config.loads if descriptors else "pointers"
-        blocks = [None if loads == "pointers" else described(x, config.blocks.columns) for x in (key, value)]
+        loads, blocks = block_loads(config, key, value)
         forward_kernel[(tables.num_tiles * batch * group_heads,)](
             query, key, value, *blocks, output, lse, *mask_tables(tables), scale * LOG2E,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
@@ -237,6 +223,7 @@ def attention_forward(
         )  # fmt: skip
 
     with torch.cuda.device_of(query):  # Triton launches on the current device
+        descriptors = describable(key) and describable(value)
         launch(config or choose("forward", widest(masks), query[:, :group_heads], launch, descriptors))
     return output, lse
 
@@ -244,6 +231,13 @@ def attention_forward(
 def widest(masks: tuple[KronMask, ...]) -> KronMask:
     """The mask with most pairs: it decides the configuration for all groups of heads."""
     return max(masks, key=lambda mask: mask.num_pairs) if len(masks) > 1 else masks[0]
+
+
+def block_loads(config: Config, *tensors: Tensor) -> tuple[str, list[Any]]:
+    """How blocks of these tensors are loaded, by pointers if descriptors cannot say where they are, and the descriptors."""
+    if config.loads == "pointers" or not all(map(describable, tensors)):
+        return "pointers", [None] * len(tensors)
+    return config.loads, [described(tensor, config.blocks.columns) for tensor in tensors]
 
 
 def mask_tables(tables: TileTables) -> tuple[Tensor, ...]:
@@ -272,4 +266,5 @@ def constants(query: Tensor, config: Config, tables: TileTables, group: int = 1)
         "PRECISION": primitives.precision(query.dtype, forward_kernel),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **primitives.COMPILED,
     }

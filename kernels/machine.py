@@ -10,7 +10,7 @@ Latency, bank conflicts, cache misses and clocks are left out. Sources of the co
   instruction goes where: Nsight Compute, "Pipelines" (the ALU also packs float32 to 16 bits).
 - shared memory: 128 bytes a cycle an SM, which matrix instructions that read operands there share (Programming Guide; for wgmma
   of fewer than 64 columns Luo et al. 2024, arXiv 2402.13499; for tcgen05 Zadouri et al. 2026, FlashAttention-4). Whether shuffles
-  keep operands waiting is not published; here they do not.
+  keep operands waiting is not published; here they do not. Spilled registers pass through the same unit, the L1 cache.
 - L2: 5120 bytes a cycle for all SMs (A100 white paper), taken to hold for H100 too and twice that for the two dies of B200, but
   at most 64 an SM.
 - registers, shared memory, threads and blocks of an SM: Programming Guide, table of compute capabilities.
@@ -72,7 +72,7 @@ class Work:
     Attributes:
         ideal: cycles of the tensor pipe if its instructions ran at the full rate.
         instructions: issued by each warp; of several partitions the sum.
-        counts: of these, by the pipe that executes them.
+        counts: of these, by the pipe that executes them; and "stack", those that read or write spilled registers.
         shapes: how often each matrix instruction stands in the code, such as "64x64x16 shared" (where its first operand lies).
     """
 
@@ -208,7 +208,7 @@ EXECUTED_BY = {
     "exp2": r"(MUFU|I2F|F2I|I2I|F2F|POPC|FLO|BREV)\b",
     "fp32": r"(FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD)",
     "integer": r"(IADD|[IF]SETP|LOP|F?SEL\b|[FI]MNMX|V[IH]MNMX|VIADD|SHF\b|LEA|PRMT|[FI]2FP|PLOP|IABS|SGXT|BMSK|P2R|R2P|MOV)",
-    "shared": r"(LDS|STS|LDSM|STSM)\b",
+    "shared": r"(LDS|STS|LDSM|STSM|LDL|STL)\b",
     "shuffle": r"SHFL\b",
     "l2": r"(LDGSTS|UTMALDG|LDG|STG|LD|ST|RED|ATOM)\b",
 }
@@ -278,6 +278,7 @@ def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0, boxes: int 
         if pipe is None:
             continue
         counts[pipe] += 1
+        counts["stack"] += name.startswith(("LDL", "STL"))
         if pipe in ("shared", "l2"):
             moved = box_bytes * min(boxes, warps) if name.startswith("UTMALDG") else warps * 32 * _bytes(name)
             is_copy = name.startswith(("UTMALDG", "LDGSTS"))
@@ -292,7 +293,7 @@ def work(lines: list[str], gpu: Gpu, warps: int, box_bytes: int = 0, boxes: int 
             rate = gpu.integer if name.startswith("IMAD") else getattr(gpu, pipe)
             cycles[pipe] += warps * 32 * values / rate
     instructions = counts.pop("issue", 0)
-    return Work(cycles, ideal, instructions, dict(counts), dict(shapes))
+    return Work(cycles, ideal, instructions, dict(+counts), dict(shapes))
 
 
 def _product(text: str, constants: dict[str, int]) -> Product | None:

@@ -15,6 +15,7 @@ except ImportError:  # Triton 3.3
     TensorDescriptor = None
 
 __all__ = [
+    "COMPILED",
     "LN2",
     "LOG2E",
     "SUPPORTED",
@@ -29,6 +30,8 @@ __all__ = [
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+# Of every kernel: `a * b + c` in one instruction, for which Triton 3.10 wants to be asked.
+COMPILED = {"enable_fp_fusion": True}
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -143,6 +146,13 @@ def tile_rows(rows_table, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def tile_rows_again(rows_table, tile, BLOCK_M: tl.constexpr):
+    """`tile_rows` for what follows the loops, which then hold none of it in registers: a plain load would be the first one's."""
+    rows = tl.load(rows_table + tile * BLOCK_M + tl.arange(0, BLOCK_M), volatile=True)
+    return tl.maximum(rows, 0), rows >= 0
+
+
+@triton.jit
 def load_run(runs_table, run):
     """Start, length, hole_at and hole of a run."""
     base = runs_table + run * 4
@@ -160,7 +170,22 @@ def load_block(base, first, row_stride, BLOCK_N: tl.constexpr, HEAD_DIM: tl.cons
 @triton.jit
 def load_described(blocks, batch, head, first, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """`load_block` through a descriptor: one copy by the tensor memory accelerator, which fills up the columns with zeros."""
-    return blocks.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)
+    return blocks.load([tl.cast(batch, tl.int32), tl.cast(head, tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def load_pair(
+    base, other_base, blocks, other_blocks, row_stride, other_row_stride, batch, head, first,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """Two blocks `(BLOCK_N, BLOCK_D)` of the rows from `first` on: of keys and values, or of queries and gradients."""
+    if LOADS == "pointers":
+        x = load_block(base, first, row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+        y = load_block(other_base, first, other_row_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
+    else:
+        x = load_described(blocks, batch, head, first, BLOCK_N, BLOCK_D)
+        y = load_described(other_blocks, batch, head, first, BLOCK_N, BLOCK_D)
+    return x, y
 
 
 @triton.jit

@@ -92,6 +92,7 @@ def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
         "loops": {
             name: {pipe: round(cycles) for pipe, cycles in work.cycles.items()} for name, work in kernel.loops.items()
         },
+        "stack": {name: work.counts.get("stack", 0) for name, work in kernel.loops.items()},
         "diagonal": round(kernel.diagonal.overlapped) if kernel.diagonal else 0,
         "tile": round(kernel.tile.overlapped),
     }

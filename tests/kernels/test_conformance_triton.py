@@ -98,7 +98,7 @@ def check(mask, row, monkeypatch, blocks=None):
         patch.setattr(primitives, "empty", guards.empty)
         if DEVICE == "cpu" or row["kind"]:  # on a GPU the other rows run what users run
             patch.setattr(forward, "choose", forced(row["kind"], blocks, row.get("loads", "descriptors")))
-            patch.setattr(backward, "choose", forced(row["kind"], blocks))
+            patch.setattr(backward, "choose", forced(row["kind"], blocks, row.get("loads", "descriptors")))
         inputs = [x.detach().to(DEVICE).requires_grad_() for x in (query, key, value)]
         output, lse = kron_attention(*inputs, mask, backend="triton", return_lse=True)
         outputs, grads = ([output], [grad_output]) if grad_lse is None else ([output, lse], [grad_output, grad_lse])
@@ -196,21 +196,32 @@ KINDS_OF_KEYS = (
 @pytest.mark.parametrize("kind", KINDS_OF_KEYS)
 def test_descriptors_agree_with_pointers_or_give_way_to_them(kind, monkeypatch):
     from kronmask.kernels import forward
+    from kronmask.kernels.backward import attention_backward
     from kronmask.kernels.config import Config
     from kronmask.kernels.tiles import Blocks
 
     mask = masks.kmt(3, 20)
     query, (keys, can) = torch.randn(2, 2, 60, 16, device=DEVICE).half(), keys_and_values(kind)
-    made = []
-    described = forward.described
-    monkeypatch.setattr(forward, "described", lambda *given: made.append(given) or described(*given))
-    results = [
-        forward.attention_forward(query, keys, keys, (mask,), 0.25, Config("packed", Blocks(16, 16), loads=loads))
-        for loads in ("pointers", "descriptors")
-    ]
-    assert len(made) == (2 if can else 0)
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.equal(mine, theirs)
+    described, made = forward.described, []
+
+    def counted(tensor, rows):
+        made.append(tensor)
+        return described(tensor, rows)
+
+    monkeypatch.setattr(forward, "described", counted)
+    pair = 2 if can else 0
+    for inputs, passes in (((query, keys, keys), [pair, pair, 2]), ((keys, query, query), [2, 2, pair])):
+        results = []
+        for loads in ("pointers", "descriptors"):
+            made.clear()
+            config = Config("packed", Blocks(16, 16), loads=loads)
+            output, lse = forward.attention_forward(*inputs, (mask,), 0.25, config)
+            grads = attention_backward(output, None, *inputs, output, lse, (mask,), 0.25, config, config)
+            results.append((output, lse, *grads))
+            # the forward and the query pass load keys and values, the key pass queries and the output's gradient
+            assert len(made) == (sum(passes) if loads == "descriptors" else 0)
+        for mine, theirs in zip(*results, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ def test_every_architecture_has_options_for_every_head_dimension(arch, head_dim,
 def test_without_descriptors_only_pointers_are_offered(arch, head_dim):
     for step in PASSES:
         assert {o.loads for o in defaults(step, arch, head_dim, torch.bfloat16, descriptors=False)} == {"pointers"}
-        if step != "forward" or arch not in ("sm_90", "sm_100"):
+        if arch not in ("sm_90", "sm_100"):
             assert {o.loads for o in options(step, arch, head_dim, torch.bfloat16)} == {"pointers"}
 
 
@@ -29,6 +29,8 @@ def test_warps_are_specialised_on_sm_100_alone():
     for arch in set(TABLE) - {"sm_100"}:
         for head_dim in (64, 128, 256):
             assert all(o.loads != "specialised" for o in options("forward", arch, head_dim, torch.bfloat16))
+    for step in ("backward_query", "backward_key"):
+        assert all(o.loads != "specialised" for o in options(step, "sm_100", 64, torch.bfloat16))
 
 
 def test_the_cpu_is_the_interpreter_and_is_never_timed():

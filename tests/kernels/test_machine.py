@@ -76,6 +76,7 @@ def test_the_shape_of_tcgen05_stands_in_its_descriptor(descriptor, first, shape,
         ("LDS.128 R4, [R2]", "shared", 16),
         ("LDSM.16.M88.4 R4, [R2]", "shared", 16),
         ("LDSM.16.MT88 R4, [R2]", "shared", 4),
+        ("LDL.LU.64 R4, [R1+0x8]", "shared", 8),
         ("SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "shuffle", 4),
         ("LDGSTS.E.BYPASS.128 [R1], desc[UR18][R2.64]", "shared", 16),
         ("LDGSTS.E.BYPASS.128 [R1], desc[UR18][R2.64]", "l2", 4 * 32 * 16 / (5120 / 132)),
@@ -89,6 +90,11 @@ def test_an_instruction_of_four_warps_keeps_its_pipe_busy(line, pipe, cycles):
     assert found.cycles["issue"] == 1
     others = {"shared", "l2"} if line.startswith("LDGSTS") else {pipe}
     assert not any(found.cycles[other] for other in PIPES if other not in {*others, "issue"})
+
+
+def test_spilled_registers_are_counted():
+    assert of("STL [R1], R2").counts == {"shared": 1, "stack": 1}
+    assert "stack" not in of("STS [R1], R2").counts
 
 
 def test_what_is_predicated_off_is_only_issued():
