@@ -101,7 +101,8 @@ NOTES = {
     "shuffled_same": "share of them that keep their class when their frames are shuffled",
     "interval": "half the width of the 95 % interval of a mean over seeds (Student's t)",
     "curves": "top-1 of the middle view after so many steps",
-    "seconds": "wall time of training, reading the files included, on one thread with `workers` runs side by side",
+    "seconds": "wall time of training, reading the files included, on one thread with `workers` runs and what else ran beside",
+    "instructions": "vector unit of the CPU: the same run ends with other last digits, and another top-1, on another one",
     "gflops": "forward of one clip through the video encoder, 2 for each multiply-add, attention by its allowed pairs",
     "order": "without order 0.5 is the best top-1 that can be expected; with a temporal embedding all masks have order",
 }
@@ -383,7 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             name, seed = futures[future]
             error = future.exception()
             result = {"error": f"{type(error).__name__}: {error}"} if error else future.result()
-            rows[name, seed] = {"attention": name, "seed": seed, **result, "note": VARIANTS[name].note}
+            machine = {"instructions": torch.backends.cpu.get_cpu_capability()}
+            rows[name, seed] = {"attention": name, "seed": seed, **result, **machine, "note": VARIANTS[name].note}
             _save(options, finished(), settings)
             told = result.get("error") or f"top-1 {result['top1']:.3f} after {result['seconds']:.0f} s"
             print(f"{len(rows)}/{len({*rows, *runs})}  {name}, seed {seed}: {told}", flush=True)

@@ -136,6 +136,7 @@ def _kernels() -> str:
         "bfloat16",
         "tile, warps, stages",
         "registers",
+        "spilled bytes",
         "blocks an SM",
         "overlapped",
         "in turn",
@@ -148,7 +149,7 @@ def _kernels() -> str:
         lines.append([
             f"{kernel['arch']} {kernel['step']} D={kernel['head_dim']}",
             _option(kernel["option"]),
-            *(str(kernel[key]) for key in ("registers", "blocks")),
+            *(str(kernel[key]) for key in ("registers", "spilled_bytes", "blocks")),
             *(f"{kernel['share'][key]:.2f}" for key in ("overlapped", "in_turn", "estimated")),
             max(pipes, key=pipes.__getitem__),
         ])  # fmt: skip

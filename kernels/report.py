@@ -56,7 +56,7 @@ def kernel_reports(
 
 
 def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
-    """What of a kernel is stored; shares of the peak are of whole blocks."""
+    """What of a kernel is stored: shares of the peak are of whole blocks; `stack` counts, by loop, accesses to spilled registers."""
     row: dict[str, Any] = {
         "arch": kernel.arch,
         "step": kernel.step,
