@@ -56,7 +56,10 @@ def kernel_reports(
 
 
 def kernel_row(kernel: CompiledKernel) -> dict[str, Any]:
-    """What of a kernel is stored: shares of the peak are of whole blocks; `stack` counts, by loop, accesses to spilled registers."""
+    """What of a kernel is stored.
+
+    Shares are of the peak, for whole blocks; `stack` counts the instructions of each loop that save or load spilled registers.
+    """
     row: dict[str, Any] = {
         "arch": kernel.arch,
         "step": kernel.step,
