@@ -223,7 +223,8 @@ def backward_key_kernel(
     """One tile of BLOCK_M key rows of one key head; grid `(num_tiles * B * group_heads)`. The tables are the transposed masks'.
 
     `heads` counts a head of keys once for each of the `sharing` groups of heads that share it, and each has gradients of its own.
-    `query_blocks` and `grad_blocks` are their descriptors for blocks of BLOCK_N rows, None if LOADS is "pointers".
+    `query_blocks` and `grad_blocks` are descriptors of query and grad_output for blocks of BLOCK_N rows, None if LOADS is
+    "pointers".
     """
     tile = tl.program_id(0) % num_tiles
     extent = tiles_table + tile * 10

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kronmask import masks
+from kronmask.kernels import config as config_module
 from kronmask.kernels.config import PASSES, TABLE, architecture, choose, defaults, options
 from kronmask.kernels.tiles import Blocks
 
@@ -31,6 +32,13 @@ def test_warps_are_specialised_on_sm_100_alone():
             assert all(o.loads != "specialised" for o in options("forward", arch, head_dim, torch.bfloat16))
     for step in ("backward_query", "backward_key"):
         assert all(o.loads != "specialised" for o in options(step, "sm_100", 64, torch.bfloat16))
+
+
+def test_a_triton_that_specialises_in_another_way_gets_what_comes_next(monkeypatch):
+    first = [defaults("forward", "sm_100", 128, torch.bfloat16)[0].loads]
+    monkeypatch.setattr(config_module, "SPECIALISES", False)
+    first.append(defaults("forward", "sm_100", 128, torch.bfloat16)[0].loads)
+    assert first == ["specialised", "descriptors"]
 
 
 def test_the_cpu_is_the_interpreter_and_is_never_timed():
