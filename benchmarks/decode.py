@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 from common import RESULTS, Times, failing_into, interleaved, resident_memory, save, table
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 __all__ = ["READERS", "main"]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,8 @@ from common import RESULTS, Times, interleaved, save, table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 __all__ = ["main"]
 

@@ -1,8 +1,11 @@
 """What the README pages show runs as written, and the numbers they quote stand in stored results."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import accuracy
@@ -145,6 +148,17 @@ def test_the_lowest_versions_are_the_bounds_of_the_package():
     assert {"torch", "timm", "jsonargparse", "webdataset", "safetensors", "tensorboard"} <= pinned.keys()
     for name in pinned.keys() & bounds.keys():
         assert f"{pinned[name]}.".startswith(f"{bounds[name]}."), name
+
+
+def test_every_benchmark_finds_the_example_without_help():
+    """The tests have `examples` on their path; whoever calls a script has not, nor have the processes that it starts."""
+    scripts = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "from claver" in path.read_text()]
+    assert len(scripts) >= 4
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for path in scripts:
+        code = f"import sys; sys.path.insert(0, 'benchmarks'); import {path.stem}, claver"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_demo_is_quoted_as_it_was_measured():
