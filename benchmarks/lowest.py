@@ -1,4 +1,4 @@
-"""Runs the tests of masks, operator and patching in this environment and stores how many passed, with its versions.
+"""Runs the tests of masks, operator and patching in this environment, compiles the kernels, and stores how many tests passed.
 
 make lowest    makes the environment of the lowest supported versions and runs this in it
 """
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 SUITES = (
     *(f"tests/test_{name}.py" for name in ("mask", "masks", "nn", "attention", "head_groups", "packed", "distributed")),
     "tests/patch",
+    "tests/kernels/test_report.py::test_every_variant_compiles",
 )
 NOT_HERE = ("tests/patch/test_zoo.py",)  # its models are those of the newest timm
 

@@ -89,10 +89,18 @@ def is_interpreted(kernel: object) -> bool:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a @ b`, accumulated in float32. Triton's interpreter multiplies the bits of bfloat16: there, widen them first."""
+    """`acc + a @ b` accumulated in float32; without the sum if `acc` is None, which Triton 3.3 does not take as an argument.
+
+    Triton's interpreter multiplies the bits of bfloat16: there, widen them first.
+    """
     if PRECISION == "emulated":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if acc is None:
+        product = tl.dot(a, b, input_precision="ieee")
+    else:
+        product = tl.dot(a, b, acc, input_precision="ieee")
+    return product
 
 
 @triton.jit
